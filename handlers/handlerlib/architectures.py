@@ -1,0 +1,204 @@
+"""Architectures by name: the one place where training and the worker turn a spec into a network.
+
+The small ones follow widely used teaching networks, with input channels, image size and class count taken from the
+data; every other name is a classification network of torchvision. All take a float batch `x_BCHW` and return logits
+`[B, classes]`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from handlerlib.errors import SpecError
+from handlerlib.spec import Architecture, closest
+
+
+def build(architecture: Architecture) -> nn.Module:
+    """A freshly initialised network. Raises SpecError for an unknown name or an image too small for it."""
+    try:
+        network = _OWN.get(architecture.name, _torchvision)(architecture)
+    except SpecError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        size = f"{architecture.channels}x{architecture.height}x{architecture.width}"
+        raise SpecError(f"architecture '{architecture.name}' does not take {size} images: {error}") from error
+    if architecture.dropout is not None:
+        _set_dropout(network, architecture)
+    return network
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Every name that `build` knows: ours first, then torchvision's classification networks."""
+    return (*_OWN, *torchvision.models.list_models(module=torchvision.models))
+
+
+def mlp(shape: Architecture) -> nn.Module:
+    """Fully connected: 1024, 512, 256, classes."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    width = shape.channels * shape.height * shape.width
+    for hidden in (1024, 512, 256):
+        layers += [nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Dropout(0.0)]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, shape.classes))
+
+
+def lenet(shape: Architecture) -> nn.Module:
+    """LeNet-5 (LeCun et al., 1998) with ReLU and max pooling: 6@5x5, 16@5x5, 120, 84, classes."""
+    features = nn.Sequential(
+        nn.Conv2d(shape.channels, 6, 5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )
+    head = [nn.LazyLinear(120), nn.ReLU(inplace=True), nn.Dropout(0.0), nn.Linear(120, 84), nn.ReLU(inplace=True)]
+    return _with_head(features, [*head, nn.Linear(84, shape.classes)], shape)
+
+
+def cnn28(shape: Architecture) -> nn.Module:
+    """The usual MNIST network: 32@3x3, 64@3x3, pool, 128, classes."""
+    features = nn.Sequential(
+        nn.Conv2d(shape.channels, 32, 3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )
+    head = [nn.Dropout(0.0), nn.LazyLinear(128), nn.ReLU(inplace=True), nn.Dropout(0.0)]
+    return _with_head(features, [*head, nn.Linear(128, shape.classes)], shape)
+
+
+def cifar_cnn(shape: Architecture) -> nn.Module:
+    """Two 5x5 convolutions of 64, each pooled, then 1024, classes."""
+    features = nn.Sequential(
+        nn.Conv2d(shape.channels, 64, 5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(64, 64, 5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    )
+    head = [nn.LazyLinear(1024), nn.ReLU(inplace=True), nn.Dropout(0.0)]
+    return _with_head(features, [*head, nn.Linear(1024, shape.classes)], shape)
+
+
+def tiny_cnn(shape: Architecture) -> nn.Module:
+    """32@3x3, pool, then two linear layers: the smallest network that still looks at neighbourhoods."""
+    features = nn.Sequential(nn.Conv2d(shape.channels, 32, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    head = [nn.LazyLinear(64), nn.ReLU(inplace=True), nn.Dropout(0.0)]
+    return _with_head(features, [*head, nn.Linear(64, shape.classes)], shape)
+
+
+def resnet9(shape: Architecture) -> nn.Module:
+    """Nine layers with batch norm and two residual connections (after D. Page's DAWNBench network for CIFAR-10)."""
+    return nn.Sequential(
+        _conv_block(shape.channels, 64),
+        _conv_block(64, 128, pool=True),
+        _Residual(nn.Sequential(_conv_block(128, 128), _conv_block(128, 128))),
+        _conv_block(128, 256, pool=True),
+        _conv_block(256, 512, pool=True),
+        _Residual(nn.Sequential(_conv_block(512, 512), _conv_block(512, 512))),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.0),
+        nn.Linear(512, shape.classes),
+    )
+
+
+class _Residual(nn.Module):
+    """x + inner(x)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = x_BCHW + self.inner(x_BCHW)
+        return out
+
+
+def _conv_block(channels_in: int, channels_out: int, *, pool: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    ]
+    return nn.Sequential(*layers, nn.MaxPool2d(2)) if pool else nn.Sequential(*layers)
+
+
+def _with_head(features: nn.Module, head: list[nn.Module], shape: Architecture) -> nn.Module:
+    """Features, flatten, head; the first linear layer learns its width from one empty image of the right size."""
+    network = nn.Sequential(features, nn.Flatten(), *head)
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
+    return network.train()
+
+
+def _torchvision(shape: Architecture) -> nn.Module:
+    """A torchvision classification network with random weights, its stem adapted to the data's channels."""
+    if shape.name not in names():
+        raise SpecError(f"unknown architecture '{shape.name}'{closest(shape.name, names())}")
+    options: dict[str, object] = {}
+    if shape.name.startswith("vit_"):
+        options["image_size"] = _square(shape)
+    elif shape.name.startswith("maxvit"):
+        options["input_size"] = (shape.height, shape.width)
+    elif shape.name in ("googlenet", "inception_v3"):
+        # The auxiliary heads double the outputs in training and are dropped for serving anyway.
+        options |= {"aux_logits": False, "init_weights": True}
+    network: nn.Module = torchvision.models.get_model(shape.name, weights=None, num_classes=shape.classes, **options)
+    if shape.channels != 3:
+        _adapt_stem(network, shape.channels)
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
+    return network.train()
+
+
+def _set_dropout(network: nn.Module, architecture: Architecture) -> None:
+    layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    if not layers:
+        raise SpecError(f"architecture '{architecture.name}' has no dropout layer: leave dropout out")
+    for layer in layers:
+        layer.p = architecture.dropout or 0.0
+
+
+def _square(shape: Architecture) -> int:
+    if shape.height != shape.width:
+        raise SpecError(f"architecture '{shape.name}' takes square images, got {shape.height}x{shape.width}")
+    return shape.height
+
+
+def _adapt_stem(network: nn.Module, channels: int) -> None:
+    """Replace the first convolution (torchvision's all take three channels) by one for `channels`."""
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            parent_path, _, name = path.rpartition(".")
+            stem = nn.Conv2d(
+                channels,
+                module.out_channels,
+                module.kernel_size,  # type: ignore[arg-type]
+                module.stride,  # type: ignore[arg-type]
+                module.padding,  # type: ignore[arg-type]
+                module.dilation,  # type: ignore[arg-type]
+                module.groups,
+                module.bias is not None,
+            )
+            setattr(network.get_submodule(parent_path), name, stem)
+            return
+
+
+_OWN: dict[str, Callable[[Architecture], nn.Module]] = {
+    "mlp": mlp,
+    "lenet": lenet,
+    "cnn28": cnn28,
+    "cifar_cnn": cifar_cnn,
+    "tiny_cnn": tiny_cnn,
+    "resnet9": resnet9,
+}

@@ -1,0 +1,227 @@
+"""`model_spec.json`: everything a worker must know beside the weights, as frozen values. Standard library only.
+
+Training's export writes it, the archive carries it, and evaluation, verification and the worker read it, so that
+one image becomes the same numbers everywhere. An unknown key, a missing key or a wrong type is a `SpecError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from handlerlib.errors import SpecError
+
+SCHEMA_VERSION = 1
+SPEC_FILE = "model_spec.json"
+WEIGHTS_FILE = "weights.safetensors"
+GOLDEN_FOLDER = "golden"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Which network the weights belong to; `handlerlib.architectures.build` turns it into a module."""
+
+    name: str
+    """A name of `handlerlib.architectures.names()`."""
+    channels: int
+    """Input channels: 1 (grey) or 3 (RGB)."""
+    height: int
+    """Input height in pixels."""
+    width: int
+    """Input width in pixels."""
+    classes: int
+    """Number of outputs."""
+    dropout: float | None = None
+    """Probability in each dropout layer, the architecture's own when null; no effect when serving."""
+
+    def __post_init__(self) -> None:
+        _require(self.channels in (1, 3), "architecture.channels", "1 or 3", self.channels)
+        _require(self.height > 0 and self.width > 0, "architecture.height/width", "positive", (self.height, self.width))
+        _require(self.classes >= 1, "architecture.classes", "at least 1", self.classes)
+        _require(self.dropout is None or 0 <= self.dropout < 1, "architecture.dropout", "in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocess:
+    """How the bytes of an image become the network's input; `handlerlib.imaging` is the only reader."""
+
+    channels: int
+    """1: converted to grey (ITU-R 601-2 luma); 3: converted to RGB."""
+    height: int
+    """Output height in pixels."""
+    width: int
+    """Output width in pixels."""
+    resize: Literal["stretch", "cover"] = "stretch"
+    """stretch: resize to exactly height x width. cover: resize, keeping proportions, until `crop_fraction` of the
+    shorter side covers the output, then cut out the centre."""
+    crop_fraction: float = 1.0
+    """For `cover`: output size / resized size, e.g. 0.875 = 224/256. In (0, 1]."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    antialias: bool = True
+    background: int = 255
+    """Grey level, 0 to 255, that shows through transparent pixels."""
+    mean: tuple[float, ...]
+    """Per channel, of values scaled to [0, 1]."""
+    std: tuple[float, ...]
+    """Per channel, of values scaled to [0, 1]; positive."""
+
+    def __post_init__(self) -> None:
+        _require(self.channels in (1, 3), "preprocess.channels", "1 or 3", self.channels)
+        _require(self.height > 0 and self.width > 0, "preprocess.height/width", "positive", (self.height, self.width))
+        _require(0 < self.crop_fraction <= 1, "preprocess.crop_fraction", "in (0, 1]", self.crop_fraction)
+        _require(0 <= self.background <= 255, "preprocess.background", "0 to 255", self.background)
+        _require(len(self.mean) == self.channels, "preprocess.mean", "one value per channel", self.mean)
+        _require(len(self.std) == self.channels, "preprocess.std", "one value per channel", self.std)
+        _require(all(value > 0 for value in self.std), "preprocess.std", "positive", self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one request may hold; beyond it the request alone is refused."""
+
+    max_bytes: int = 10 * 1024 * 1024
+    """Encoded bytes of one image (413)."""
+    max_pixels: int = 50_000_000
+    """Width x height from the image's header, checked before decoding (422)."""
+    max_instances: int = 64
+    """Images in one JSON request (413)."""
+    top_k: int = 5
+    """Labels per image when the request does not say; at most `max_top_k` and the class count."""
+    max_top_k: int = 1000
+    """The largest `top_k` a request may ask for (422 above it)."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require(getattr(self, field.name) >= 1, f"limits.{field.name}", "at least 1", getattr(self, field.name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldenSample:
+    """One image with the answer that this model must give for it."""
+
+    file: str
+    """Relative to the spec's folder, e.g. `golden/0.png`."""
+    label: str
+    """The true label, from the data set."""
+    probabilities: tuple[float, ...]
+    """Softmax over all classes as computed by training's export at batch size 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """The samples a model is proved against: at packing, at verification and at each start of a worker."""
+
+    tolerance: float
+    """Largest absolute difference of any probability."""
+    samples: tuple[GoldenSample, ...]
+
+    def __post_init__(self) -> None:
+        _require(0 < self.tolerance < 1, "golden.tolerance", "in (0, 1)", self.tolerance)
+        _require(len(self.samples) >= 1, "golden.samples", "at least one sample", len(self.samples))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """One servable model version. Written by `training.export`, read by everything after it."""
+
+    schema: int = SCHEMA_VERSION
+    name: str
+    """Model name in URLs: a letter or digit, then letters, digits, `_`, `-` and `.`."""
+    version: str
+    """Dotted number, e.g. `1.0`; TorchServe shows it in URLs."""
+    handler: str
+    """Archive entry in `handlers/` without `.py`, e.g. `image_classifier`."""
+    architecture: Architecture
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    """Label of each output index."""
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    golden: Golden
+
+    def __post_init__(self) -> None:
+        _require(self.schema == SCHEMA_VERSION, "schema", f"{SCHEMA_VERSION} (the one this code reads)", self.schema)
+        _require(len(self.labels) == self.architecture.classes, "labels", "one per class", len(self.labels))
+        _require(len(set(self.labels)) == len(self.labels), "labels", "distinct", self.labels)
+        for sample in self.golden.samples:
+            where = f"golden sample {sample.file}"
+            _require(len(sample.probabilities) == len(self.labels), where, "one probability per label", sample)
+            _require(sample.label in self.labels, where, "a label of this model", sample.label)
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys, two-space indent, one trailing newline. Same value, same bytes."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Parse and check. Raises SpecError naming the field."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"{SPEC_FILE} is not JSON: {error}") from error
+        return typing.cast(ModelSpec, _build(cls, value, ""))
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelSpec:
+        """Read `model_spec.json` in `folder`. Raises SpecError when it is missing or wrong."""
+        try:
+            text = (folder / SPEC_FILE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{SPEC_FILE} cannot be read: {error}") from error
+        return cls.from_json(text)
+
+
+def closest(word: str, known: typing.Iterable[str]) -> str:
+    """A trailing ", did you mean 'x'?" for messages about unknown names; empty when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def _require(condition: bool, where: str, expected: str, got: object) -> None:
+    if not condition:
+        raise SpecError(f"{where} must be {expected}, got {got!r}")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as JSON gave it -> an instance of the annotation `kind`; SpecError names the dotted `where`."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type, kind), value, where)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        _require(isinstance(value, list), where, "a list", value)
+        element = typing.get_args(kind)[0]
+        return tuple(_build(element, item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Literal:
+        _require(value in typing.get_args(kind), where, f"one of {list(typing.get_args(kind))}", value)
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = next(arm for arm in typing.get_args(kind) if arm is not type(None))
+        return None if value is None else _build(inner, value, where)
+    if kind is float:
+        _require(isinstance(value, int | float) and not isinstance(value, bool), where, "a number", value)
+        _require(math.isfinite(value), where, "finite", value)
+        return float(value)
+    _require(type(value) is kind, where, f"of type {kind.__name__}", value)
+    return value
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    _require(isinstance(value, dict), where or SPEC_FILE, "an object", value)
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in fields:
+            raise SpecError(f"unknown key '{prefix}{key}' in {SPEC_FILE}{closest(key, fields)}")
+    for name, field in fields.items():
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in value and not optional:
+            raise SpecError(f"{SPEC_FILE} lacks the key '{prefix}{name}'")
+    arguments = {name: _build(hints[name], item, f"{prefix}{name}") for name, item in value.items()}
+    return kind(**arguments)

@@ -1,0 +1,35 @@
+"""Image classification: an encoded image in, the most probable labels out.
+
+Request   the image's bytes; or the form field `data` or `file`; or JSON `{"instances": [{"b64": "..."}], "top_k": 3}`
+Answer    `{"model", "version", "predictions": [[{"label", "index", "probability"}, ...]]}`, one list per image
+Errors    `application/problem+json` with status 400, 413, 415 or 422, for the one request alone
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handlerlib import imaging
+from handlerlib.worker import ModelHandler
+
+
+class ImageClassifier(ModelHandler):
+    """TorchServe takes the only class of this module."""
+
+    def decode(self, data: bytes) -> Tensor:
+        """Encoded image -> uint8 `[C, height, width]`. Raises RequestError."""
+        spec = self.model.spec
+        return imaging.load(data, spec.preprocess, spec.limits)
+
+    def to_batch(self, items: Sequence[Tensor]) -> Tensor:
+        """uint8 `[C, H, W]` each -> normalised float32 `[B, C, H, W]` on the model's device."""
+        return imaging.normalise(torch.stack(list(items)).to(self.model.device), self.model.spec.preprocess)
+
+    def encode(self, probabilities: Sequence[float], top_k: int) -> list[dict[str, Any]]:
+        """Probabilities of all classes -> the `top_k` most probable, ties in index order."""
+        labels = self.model.spec.labels
+        ranked = heapq.nlargest(top_k, range(len(labels)), key=probabilities.__getitem__)
+        return [{"label": labels[i], "index": i, "probability": round(probabilities[i], 8)} for i in ranked]

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from handlerlib import architectures
+from handlerlib.errors import SpecError
+from handlerlib.spec import Architecture
+
+SHAPE = Architecture(name="mlp", channels=3, height=32, width=32, classes=7)
+
+
+def widths(network: torch.nn.Module) -> list[tuple[int, ...]]:
+    layers = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    return [tuple(layer.weight.shape) for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp", [(1024, 3072), (512, 1024), (256, 512), (7, 256)]),
+        ("lenet", [(6, 3, 5, 5), (16, 6, 5, 5), (120, 576), (84, 120), (7, 84)]),
+        ("cnn28", [(32, 3, 3, 3), (64, 32, 3, 3), (128, 12544), (7, 128)]),
+        ("cifar_cnn", [(64, 3, 5, 5), (64, 64, 5, 5), (1024, 4096), (7, 1024)]),
+        ("tiny_cnn", [(32, 3, 3, 3), (64, 8192), (7, 64)]),
+    ],
+)
+def test_layers_are_the_documented_ones(name: str, expected: list[tuple[int, ...]]) -> None:
+    assert widths(architectures.build(dataclasses.replace(SHAPE, name=name))) == expected
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "cnn28", "cifar_cnn", "tiny_cnn", "resnet9", "resnet18", "vit_b_32"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_size_and_classes_come_from_the_data(name: str, channels: int) -> None:
+    shape = dataclasses.replace(SHAPE, name=name, channels=channels, classes=5)
+    network = architectures.build(shape).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(2, channels, 32, 32)).shape == (2, 5)
+
+
+def test_every_torchvision_classification_name_is_known() -> None:
+    for name in ("alexnet", "convnext_tiny", "efficientnet_b0", "maxvit_t", "regnet_y_400mf", "swin_t", "vgg16"):
+        assert name in architectures.names()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "resnet9x"}, "unknown architecture 'resnet9x', did you mean 'resnet9'"),
+        ({"name": "lenet", "height": 4, "width": 4}, "'lenet' does not take 3x4x4 images"),
+        ({"name": "vit_b_16", "height": 32, "width": 48}, "takes square images"),
+        ({"name": "resnet18", "dropout": 0.5}, "'resnet18' has no dropout layer"),
+    ],
+)
+def test_what_cannot_be_built_is_explained(change: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        architectures.build(dataclasses.replace(SHAPE, **change))  # type: ignore[arg-type]
+
+
+def test_dropout_reaches_every_dropout_layer() -> None:
+    network = architectures.build(dataclasses.replace(SHAPE, name="vgg11", dropout=0.3))
+    assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    def seeded() -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        return dict(architectures.build(dataclasses.replace(SHAPE, name="resnet9")).state_dict())
+
+    first, second = seeded(), seeded()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from handlerlib.spec import ModelSpec
+from image_classifier import ImageClassifier
+from support import images
+from support.artifacts import write_artifact
+from support.context import Reply, ask, context
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture
+def started(artifact: Path) -> tuple[ImageClassifier, Any]:
+    ctx = context(artifact, batch_size=32)
+    handler = ImageClassifier()
+    handler.initialize(ctx)
+    return handler, ctx
+
+
+def predictions(reply: Reply) -> list[list[dict[str, Any]]]:
+    assert reply.status == 200, reply
+    assert reply.content_type == "application/json"
+    found: list[list[dict[str, Any]]] = json.loads(reply.body)["predictions"]
+    return found
+
+
+def problem(reply: Reply, status: int) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(reply.body)
+    assert (reply.status, reply.content_type) == (status, "application/problem+json"), reply
+    assert set(document) == {"type", "title", "status", "detail", "instance"}
+    assert document["status"] == status
+    return document
+
+
+def test_golden_samples_answer_as_recorded(started: tuple[ImageClassifier, Any], artifact: Path) -> None:
+    handler, ctx = started
+    spec = ModelSpec.load(artifact)
+    rows = [{"body": bytearray((artifact / sample.file).read_bytes())} for sample in spec.golden.samples]
+    for reply, sample in zip(ask(handler, ctx, rows, {"X-Top-K": "3"}), spec.golden.samples, strict=True):
+        document = json.loads(reply.body)
+        assert (document["model"], document["version"]) == ("tiny", "1.0")
+        (labels,) = predictions(reply)
+        assert [item["probability"] for item in labels] == sorted((i["probability"] for i in labels), reverse=True)
+        for item in labels:
+            assert item["label"] == spec.labels[item["index"]]
+            assert item["probability"] == pytest.approx(sample.probabilities[item["index"]], abs=1e-5)
+
+
+def test_one_poison_among_32_hurts_nobody(started: tuple[ImageClassifier, Any]) -> None:
+    handler, ctx = started
+    good = [{"body": bytearray(images.photo(seed))} for seed in range(32)]
+    for poison in (b"not an image", images.truncated("JPEG"), images.bomb(), b""):
+        expected = [predictions(reply) for reply in ask(handler, ctx, good)]
+        rows = [*good[:13], {"body": bytearray(poison)}, *good[14:]]
+        replies = ask(handler, ctx, rows)
+        document = problem(replies[13], replies[13].status)
+        assert 400 <= document["status"] < 500
+        assert document["instance"] == "request-13"
+        for index in (*range(13), *range(14, 32)):
+            for ours, theirs in zip(predictions(replies[index])[0], expected[index][0], strict=True):
+                assert ours["label"] == theirs["label"]
+                assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [(b"", 400), (b"x" * 200_001, 413), (b"hello", 415), (images.truncated(), 422), (images.bomb(), 422)],
+    ids=["empty", "too many bytes", "not an image", "truncated", "too many pixels"],
+)
+def test_statuses(started: tuple[ImageClassifier, Any], data: bytes, status: int) -> None:
+    problem(ask(*started, [{"body": bytearray(data)}])[0], status)
+
+
+def test_several_images_in_one_request_and_the_bad_one_is_named(started: tuple[ImageClassifier, Any]) -> None:
+    encoded = [base64.b64encode(images.photo(seed)).decode() for seed in range(8)]
+    body = {"instances": [{"b64": text} for text in encoded], "top_k": 1}
+    headers = {"Content-Type": "application/json"}
+    (reply,) = ask(*started, [{"body": bytearray(json.dumps(body).encode())}], headers)
+    assert [len(labels) for labels in predictions(reply)] == [1] * 8
+    body["instances"][5] = {"b64": base64.b64encode(b"hello").decode()}
+    (reply,) = ask(*started, [{"body": bytearray(json.dumps(body).encode())}], headers)
+    assert "instance 5: " in problem(reply, 415)["detail"]
+
+
+def test_more_instances_than_the_batch_size(artifact: Path) -> None:
+    ctx = context(artifact, batch_size=2)
+    handler = ImageClassifier()
+    handler.initialize(ctx)
+    body = {"instances": [{"b64": base64.b64encode(images.photo(seed)).decode()} for seed in range(7)]}
+    (reply,) = ask(handler, ctx, [{"body": body}], {"Content-Type": "application/json"})
+    alone = [predictions(ask(handler, ctx, [{"body": images.photo(seed)}])[0])[0] for seed in range(7)]
+    assert [labels[0]["label"] for labels in predictions(reply)] == [labels[0]["label"] for labels in alone]
+
+
+class _Failing(torch.nn.Module):
+    """Fails for batches above a size or for one marked input, as a device or a model would."""
+
+    def __init__(self, inner: torch.nn.Module, largest: int, error: Exception, marked: Tensor | None = None) -> None:
+        super().__init__()
+        self.inner, self.largest, self.error, self.marked = inner, largest, error, marked
+        self.sizes: list[int] = []
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        self.sizes.append(len(x_BCHW))
+        hit = self.marked is not None and any(torch.equal(row, self.marked) for row in x_BCHW)
+        if len(x_BCHW) > self.largest or hit:
+            raise self.error
+        out: Tensor = self.inner(x_BCHW)
+        return out
+
+
+def replace_network(handler: ImageClassifier, network: torch.nn.Module) -> None:
+    import dataclasses
+
+    handler.model = dataclasses.replace(handler.model, network=network)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_out_of_memory_is_retried_in_halves(started: tuple[ImageClassifier, Any], error: Exception) -> None:
+    handler, ctx = started
+    rows = [{"body": images.photo(seed)} for seed in range(32)]
+    expected = [predictions(reply) for reply in ask(handler, ctx, rows)]
+    network = _Failing(handler.model.network, 8, error)
+    replace_network(handler, network)
+    got = [predictions(reply) for reply in ask(handler, ctx, rows)]
+    assert network.sizes == [32, 16, 8, 8, 16, 8, 8]
+    assert [item[0][0]["label"] for item in got] == [item[0][0]["label"] for item in expected]
+    replace_network(handler, _Failing(network.inner, 0, error))
+    for reply in ask(handler, ctx, rows[:2]):
+        problem(reply, 503)
+
+
+def test_the_one_input_that_breaks_the_model_is_found(started: tuple[ImageClassifier, Any]) -> None:
+    handler, ctx = started
+    rows = [{"body": images.photo(seed)} for seed in range(9)]
+    marked = handler.to_batch([handler.decode(images.photo(4))])[0]
+    secret = "/secret/path"
+    replace_network(handler, _Failing(handler.model.network, 99, RuntimeError(secret), marked))
+    replies = ask(handler, ctx, rows)
+    assert [reply.status for reply in replies] == [200] * 4 + [500] + [200] * 4
+    assert secret.encode() not in replies[4].body
+    assert b"Traceback" not in replies[4].body
+
+
+def test_an_answer_that_is_no_number_is_an_error_of_its_own(started: tuple[ImageClassifier, Any]) -> None:
+    handler, ctx = started
+
+    class Nan(torch.nn.Module):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            rows = torch.zeros(len(x_BCHW), 3)
+            rows[1] = float("nan")
+            return rows
+
+    replace_network(handler, Nan())
+    replies = ask(handler, ctx, [{"body": images.photo(seed)} for seed in range(3)])
+    assert [reply.status for reply in replies] == [200, 500, 200]
+
+
+def test_request_id_of_the_caller_is_kept_when_it_is_harmless(started: tuple[ImageClassifier, Any]) -> None:
+    (reply,) = ask(*started, [{"body": b""}], {"X-Request-Id": "abc-123"})
+    assert problem(reply, 400)["instance"] == "abc-123"
+    (reply,) = ask(*started, [{"body": b""}], {"X-Request-Id": 'a"\r\nb'})
+    assert problem(reply, 400)["instance"] == "request-0"
+
+
+def test_self_test_names_sample_expected_and_got(artifact: Path, tmp_path: Path, capsys: Any) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in artifact.rglob("*"):
+        if path.is_file():
+            (broken / path.relative_to(artifact)).parent.mkdir(exist_ok=True)
+            (broken / path.relative_to(artifact)).write_bytes(path.read_bytes())
+    weights = safetensors.torch.load_file(broken / "weights.safetensors")
+    weights = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in weights.items()}
+    safetensors.torch.save_file(weights, broken / "weights.safetensors")
+    with pytest.raises(RuntimeError, match=r"golden/\d\.png: probability of '\w+' expected 0\.\d+, got 0\.\d+"):
+        ImageClassifier().initialize(context(broken))
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("MARINA_LOAD_FAILED "))
+    cause = json.loads(line.removeprefix("MARINA_LOAD_FAILED "))
+    assert cause["type"] == "SelfTestFailed"
+    assert "expected" in cause["error"]
+
+
+def test_weights_of_another_architecture_are_refused(artifact: Path, tmp_path: Path) -> None:
+    target = write_artifact(tmp_path, name="other")
+    document = json.loads((target / "model_spec.json").read_text())
+    document["architecture"]["name"] = "lenet"
+    (target / "model_spec.json").write_text(json.dumps(document))
+    with pytest.raises(RuntimeError, match="does not fit architecture 'lenet'"):
+        ImageClassifier().initialize(context(target))
+
+
+def test_pickled_weights_are_never_read(artifact: Path, tmp_path: Path) -> None:
+    target = write_artifact(tmp_path, name="pickled")
+    torch.save({"weight": torch.zeros(1)}, target / "weights.safetensors")
+    with pytest.raises(RuntimeError, match=r"weights.safetensors cannot be read"):
+        ImageClassifier().initialize(context(target))
