@@ -1,0 +1,108 @@
+"""Runs inside `marina verify`, as a process of its own: load an unpacked archive as a TorchServe worker would, answer its
+golden samples, print what happened as one JSON line.
+
+    python replay.py MODEL_DIR BATCH_SIZE
+
+The module search path is a worker's: TorchServe's own folder first, then PYTHONPATH, which holds the archive. Nothing of
+Marina's own is imported, so that what passes here passes on a machine that has only the archive.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+REAL_STDOUT = sys.stdout
+POISON = bytes(range(256))
+"""No format's first bytes: a handler must refuse it, and it alone."""
+
+
+def main(model_dir: Path, batch_size: int) -> dict[str, Any]:
+    """The report: `stage` reached, `error` if one stopped it, and the answers of each golden sample."""
+    handler = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())["model"]["handler"]
+    try:
+        # TorchServe's loader turns every ImportError into "No module named ts.torch_handler...": import first ourselves.
+        importlib.import_module(handler.removesuffix(".py"))
+        service = load(model_dir, handler, batch_size)
+    except BaseException as error:  # noqa: BLE001 - SystemExit in a handler is a finding as well
+        return {"stage": "import", "error": describe(error, model_dir)}
+    try:
+        return {"stage": "golden", **replay(service, model_dir, batch_size)}
+    except BaseException as error:  # noqa: BLE001
+        return {"stage": "golden", "error": describe(error, model_dir)}
+
+
+def load(model_dir: Path, handler: str, batch_size: int) -> Any:
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+    from ts.model_loader import TsModelLoader
+
+    spec = importlib.util.find_spec("ts")
+    assert spec is not None and spec.origin is not None
+    metrics = MetricsCacheYamlImpl(str(Path(spec.origin).parent / "configs" / "metrics.yaml"))
+    metrics.initialize_cache()
+    metrics.model_name = "verify"
+    return TsModelLoader().load("verify", str(model_dir), handler, None, batch_size, None, True, metrics)
+
+
+def replay(service: Any, model_dir: Path, batch_size: int) -> dict[str, Any]:
+    """Each golden sample alone, then a full batch of them with one poison in the middle."""
+    spec = json.loads((model_dir / "model_spec.json").read_text(encoding="utf-8"))
+    samples = [(model_dir / sample["file"]).read_bytes() for sample in spec["golden"]["samples"]]
+    classes = len(spec["labels"])
+    alone = [answer(service, [sample], classes)[0] for sample in samples]
+    poison_at = batch_size // 2
+    order = [index % len(samples) for index in range(batch_size)]
+    bodies = [POISON if position == poison_at else samples[index] for position, index in enumerate(order)]
+    return {"alone": alone, "batch": answer(service, bodies, classes), "order": order, "poison_at": poison_at}
+
+
+def answer(service: Any, bodies: list[bytes], top_k: int) -> list[dict[str, Any]]:
+    """What a client of each body would get: status, content type, body."""
+    from ts.service import Service
+
+    headers = [
+        {"name": b"Content-Type", "value": b"application/octet-stream"},
+        {"name": b"X-Top-K", "value": str(top_k).encode()},
+    ]
+    batch = [
+        {
+            "requestId": f"verify-{index}".encode(),
+            "headers": headers,
+            "parameters": [{"name": "body", "contentType": "application/octet-stream", "value": bytearray(body)}],
+        }
+        for index, body in enumerate(bodies)
+    ]
+    context = service.context
+    processors, rows, ids = Service.retrieve_data_for_inference(batch)
+    context.request_processor, context.request_ids, context.metrics.request_ids = processors, ids, ids
+    returned = service._entry_point(rows, context)  # what Service.predict calls, without its catch-all
+    if not isinstance(returned, list) or len(returned) != len(rows):
+        raise ValueError(f"handle() must return a list of {len(rows)} answers, got {type(returned).__name__}")
+    return [
+        {
+            "status": context.get_response_status(index)[0],
+            "content_type": context.get_response_content_type(index),
+            "body": bytes(body).decode("utf-8", "replace") if isinstance(body, bytes | bytearray) else json.dumps(body),
+        }
+        for index, body in enumerate(returned)
+    ]
+
+
+def describe(error: BaseException, model_dir: Path) -> str:
+    """The last frame inside the archive and the exception: what its author needs to find the line."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(model_dir) in frame.filename]
+    where = f" ({Path(frames[-1].filename).relative_to(model_dir)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+if __name__ == "__main__":
+    # A handler that prints must not disturb the report.
+    sys.stdout = sys.stderr
+    found = importlib.util.find_spec("ts")
+    if found is None or found.origin is None:
+        sys.exit("torchserve is not installed for this interpreter")
+    sys.path[0] = str(Path(found.origin).parent)
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))), file=REAL_STDOUT)

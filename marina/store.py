@@ -1,0 +1,132 @@
+"""`model_store/`: the archives ready to be served and `index.json`, which says what each of them is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marina import archive, model_config
+from marina.archive import Archive
+from marina.errors import StoreError
+from marina.model_config import ModelConfig
+
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArchive:
+    """An archive in the store, with the settings it is served by."""
+
+    archive: Archive
+    config: ModelConfig
+
+
+def publish(store: Path, packed: Archive) -> None:
+    """Record an archive that lies in the store. Several processes may publish at once."""
+    with _locked(store):
+        index = _read_index(store)
+        index["archives"][packed.path.name] = {
+            "name": packed.name,
+            "version": packed.version,
+            "sha256": packed.sha256,
+            "bytes": packed.size,
+        }
+        _write_index(store, index)
+
+
+def archives(store: Path) -> list[Archive]:
+    """Every archive of the index whose file is there, oldest version first within a name.
+
+    Raises StoreError when a file was changed since it was packed, or lies there without having been packed here.
+    """
+    entries = _read_index(store)["archives"]
+    found = []
+    for path in sorted(store.glob("*.mar")):
+        entry = entries.get(path.name)
+        if entry is None:
+            raise StoreError(
+                f"{path} is not in {INDEX_FILE}", remedy=f"check it and add it: marina verify {path} --publish"
+            )
+        found.append(Archive(path, entry["name"], entry["version"], entry["sha256"], entry["bytes"]))
+    return sorted(found, key=lambda item: (item.name, version_key(item.version)))
+
+
+def select(store: Path, wanted: Sequence[str]) -> list[Archive]:
+    """`NAME` (its newest version) or `NAME:VERSION` each; with nothing wanted, the newest of every name.
+
+    Raises StoreError when the store is empty or does not hold what is wanted.
+    """
+    available = archives(store)
+    if not available:
+        raise StoreError(f"no archive in {store}", remedy="pack one: marina train digits, then marina pack digits")
+    by_key = {item.key: item for item in available}
+    # Versions ascend, so the last one of a name stays.
+    newest = {item.name: item for item in available}
+    chosen = []
+    for name in wanted or newest:
+        item = by_key.get(name) or newest.get(name)
+        if item is None:
+            raise StoreError(
+                f"model '{name}' is not in {store}; there are: {', '.join(by_key)}",
+                remedy="pack it: marina pack ARTIFACT",
+            )
+        chosen.append(item)
+    return list(dict.fromkeys(chosen))
+
+
+def read(item: Archive) -> StoredArchive:
+    """Read an archive's settings after checking that its bytes are the ones that were packed. Raises StoreError."""
+    if archive.sha256_of(item.path) != item.sha256:
+        raise StoreError(
+            f"{item.path} was changed since it was packed (its SHA-256 is not the one in {INDEX_FILE})",
+            remedy="pack it again, and find out who changed it",
+        )
+    try:
+        with zipfile.ZipFile(item.path) as packed:
+            text = packed.read(model_config.CONFIG_FILE).decode()
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, OSError) as error:
+        raise StoreError(f"{item.path} is not a readable archive: {error}", remedy="pack it again") from error
+    return StoredArchive(item, model_config.read(text))
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Dotted number -> what sorts 1.10 after 1.9."""
+    return tuple(int(part) for part in version.split("."))
+
+
+def _read_index(store: Path) -> dict[str, Any]:
+    path = store / INDEX_FILE
+    if not path.exists():
+        return {"schema": 1, "archives": {}}
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for entry in index["archives"].values():
+            version_key(entry["version"])
+            entry["name"], entry["sha256"], entry["bytes"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged: {error!r}", remedy="delete it and pack the artifacts again") from error
+    return index
+
+
+def _write_index(store: Path, index: dict[str, Any]) -> None:
+    partial = store / f".{INDEX_FILE}.{os.getpid()}"
+    partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(store / INDEX_FILE)
+
+
+@contextmanager
+def _locked(store: Path) -> Iterator[None]:
+    store.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from marina import model_config
+from marina.errors import ArchiveError
+
+GOOD = {
+    "minWorkers": 1,
+    "maxWorkers": 2,
+    "batchSize": 8,
+    "maxBatchDelay": 1,
+    "responseTimeout": 60,
+    "startupTimeout": 120,
+    "jobQueueSize": 100,
+    "maxRetryTimeoutInSec": 86400,
+}
+
+
+def messages(**changes: object) -> list[str]:
+    values = {key: value for key, value in (GOOD | changes).items() if value is not ...}
+    return [finding.message for finding in model_config.check(yaml.safe_dump(values))]
+
+
+def test_every_shipped_configuration_is_clean(handlers: Path) -> None:
+    files = sorted(handlers.glob("*.yaml"))
+    assert files
+    for path in files:
+        assert model_config.read(path.read_text()).max_batch_delay_ms >= 1
+
+
+def test_values_arrive() -> None:
+    config = model_config.read(yaml.safe_dump(GOOD | {"deviceType": "gpu", "deviceIds": [0, 1]}))
+    assert (config.min_workers, config.max_workers, config.batch_size, config.job_queue_size) == (1, 2, 8, 100)
+    assert (config.device_type, config.device_ids) == ("gpu", (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batchSise": 8}, "unknown key 'batchSise', did you mean 'batchSize'"),
+        ({"maxWorkers": ...}, "maxWorkers is missing: minWorkers alone is ignored"),
+        ({"responseTimeout": ...}, "responseTimeout is missing: a config file without it sets 120 s"),
+        ({"maxBatchDelay": 0}, "maxBatchDelay must be a whole number of at least 1, got 0; 0 means 'unset'"),
+        ({"batchSize": "8"}, "batchSize must be a whole number of at least 1, got '8'"),
+        ({"batchSize": 8.0}, "batchSize must be a whole number of at least 1, got 8.0"),
+        ({"batchSize": True}, "batchSize must be a whole number of at least 1, got True"),
+        ({"minWorkers": 3}, "maxWorkers 2 is below minWorkers 3"),
+        ({"clientTimeoutInMills": 100}, "clientTimeoutInMills is refused: an expired request is dropped"),
+        ({"useJobTicket": True}, "useJobTicket is refused"),
+        ({"asyncCommunication": True}, "asyncCommunication is refused"),
+        ({"deviceType": "neuron"}, "deviceType must be cpu or gpu, got 'neuron'"),
+        ({"deviceIds": [0, "1"]}, "deviceIds must be a list of GPU numbers"),
+    ],
+)
+def test_traps(changes: dict[str, object], message: str) -> None:
+    found = messages(**changes)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "a: b: c", "minWorkers: 1\nminWorkers: 2\n", "!!python/object:os.system {}"]
+)
+def test_what_is_no_mapping(text: str) -> None:
+    with pytest.raises(ArchiveError, match=r"model-config\.yaml"):
+        model_config.read(text)
