@@ -38,22 +38,6 @@ class ConfigFinding:
     remedy: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The settings of one model version as Marina serves it; times in the unit of the name."""
-
-    min_workers: int
-    max_workers: int
-    batch_size: int
-    max_batch_delay_ms: int
-    response_timeout_s: int
-    startup_timeout_s: int
-    job_queue_size: int
-    max_retry_s: int
-    device_type: str | None = None
-    device_ids: tuple[int, ...] = ()
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader takes the last of two equal keys silently."""
 
@@ -67,23 +51,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(text: str) -> ModelConfig:
-    """Parse and check. Raises ArchiveError with the first finding."""
+def read(text: str) -> dict[str, Any]:
+    """Parse and check; every key of TorchServe's is then there, with its type. Raises ArchiveError with the first finding."""
     for finding in check(text):
         raise ArchiveError(f"{CONFIG_FILE}: {finding.message}", remedy=finding.remedy)
-    values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    return ModelConfig(
-        min_workers=values["minWorkers"],
-        max_workers=values["maxWorkers"],
-        batch_size=values["batchSize"],
-        max_batch_delay_ms=values["maxBatchDelay"],
-        response_timeout_s=values["responseTimeout"],
-        startup_timeout_s=values["startupTimeout"],
-        job_queue_size=values["jobQueueSize"],
-        max_retry_s=values["maxRetryTimeoutInSec"],
-        device_type=values.get("deviceType"),
-        device_ids=tuple(values.get("deviceIds", ())),
-    )
+    values: dict[str, Any] = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    return values
 
 
 def check(text: str) -> Iterator[ConfigFinding]:

@@ -8,24 +8,15 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from marina import archive, model_config
 from marina.archive import Archive
 from marina.errors import StoreError
-from marina.model_config import ModelConfig
+from marina.server import ServedModel
 
 INDEX_FILE = "index.json"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredArchive:
-    """An archive in the store, with the settings it is served by."""
-
-    archive: Archive
-    config: ModelConfig
 
 
 def publish(store: Path, packed: Archive) -> None:
@@ -81,8 +72,26 @@ def select(store: Path, wanted: Sequence[str]) -> list[Archive]:
     return list(dict.fromkeys(chosen))
 
 
-def read(item: Archive) -> StoredArchive:
-    """Read an archive's settings after checking that its bytes are the ones that were packed. Raises StoreError."""
+def to_serve(items: Sequence[Archive]) -> list[ServedModel]:
+    """What the supervisor needs to know of each archive; the newest version of a name is its default.
+
+    Raises StoreError for an archive whose bytes are not the ones that were packed.
+    """
+    newest = {item.name: item.version for item in sorted(items, key=lambda item: version_key(item.version))}
+    return [
+        ServedModel(
+            name=item.name,
+            version=item.version,
+            archive_file=item.path.resolve(),
+            default=newest[item.name] == item.version,
+            config=_read_config(item),
+            sha256=item.sha256,
+        )
+        for item in items
+    ]
+
+
+def _read_config(item: Archive) -> dict[str, Any]:
     if archive.sha256_of(item.path) != item.sha256:
         raise StoreError(
             f"{item.path} was changed since it was packed (its SHA-256 is not the one in {INDEX_FILE})",
@@ -93,7 +102,7 @@ def read(item: Archive) -> StoredArchive:
             text = packed.read(model_config.CONFIG_FILE).decode()
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, OSError) as error:
         raise StoreError(f"{item.path} is not a readable archive: {error}", remedy="pack it again") from error
-    return StoredArchive(item, model_config.read(text))
+    return model_config.read(text)
 
 
 def version_key(version: str) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from handlerlib.spec import SPEC_FILE, ModelSpec
 from marina import archive, model_config
 from marina.archive import BUILD_FILE, CARD_FILE, MANIFEST_FILE, Archive
 from marina.errors import ArchiveError
+from marina.golden import mismatch
 
 REPLAY_SECONDS = 600.0
 """How long loading and answering the golden samples may take."""
@@ -114,13 +115,13 @@ class Subject:
         return ModelSpec.load(self.root)
 
     @cached_property
-    def config(self) -> model_config.ModelConfig:
+    def config(self) -> dict[str, Any]:
         return model_config.read((self.root / model_config.CONFIG_FILE).read_text(encoding="utf-8"))
 
     @cached_property
     def replayed(self) -> dict[str, Any]:
         """The report of `replay.py`, run once for the two checks that read it."""
-        return _run_replay(self.python, self.root, self._scratch, self.config.batch_size)
+        return _run_replay(self.python, self.root, self._scratch, self.config["batchSize"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,18 +302,12 @@ def _compare(answer: dict[str, Any], spec: ModelSpec, index: int, where: str) ->
     try:
         rows = json.loads(answer["body"])["predictions"][0]
         got = {row["index"]: float(row["probability"]) for row in rows}
-        worst = max(got, key=lambda label: abs(got[label] - sample.probabilities[label]))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         yield Finding(f"the answer is not a prediction: {error!r}", where, "mend the handler and pack again")
         return
-    expected = sample.probabilities[worst]
-    if not abs(got[worst] - expected) <= spec.golden.tolerance:
-        label = spec.labels[worst]
-        yield Finding(
-            f"probability of '{label}' expected {expected:.6f}, got {got[worst]:.6f}, tolerance {spec.golden.tolerance:g}",
-            where,
-            remedy,
-        )
+    difference = mismatch(spec, sample, got)
+    if difference:
+        yield Finding(difference, where, remedy)
 
 
 def _refused(answer: dict[str, Any], where: str) -> Iterator[Finding]:

@@ -39,6 +39,11 @@ def test_selection(filled: Path) -> None:
         store.select(filled, ["tina"])
 
 
+def test_the_newest_version_is_the_default(filled: Path) -> None:
+    served = store.to_serve(store.archives(filled))
+    assert [(model.name, model.version) for model in served if model.default] == [("other", "3"), ("tiny", "1.10")]
+
+
 def test_empty_store_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no archive in") as caught:
         store.select(tmp_path, [])
@@ -47,11 +52,11 @@ def test_empty_store_says_what_to_do(tmp_path: Path) -> None:
 
 def test_changed_unknown_and_damaged(filled: Path) -> None:
     (item,) = store.select(filled, ["other"])
-    assert store.read(item).config.batch_size == 32
+    assert store.to_serve([item])[0].config["batchSize"] == 32
     with item.path.open("ab") as stream:
         stream.write(b"x")
     with pytest.raises(StoreError, match="was changed since it was packed"):
-        store.read(item)
+        store.to_serve([item])
     shutil.copyfile(item.path, filled / "stranger-1.0.mar")
     with pytest.raises(StoreError, match=r"stranger-1\.0\.mar is not in index\.json"):
         store.archives(filled)

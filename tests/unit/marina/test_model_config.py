@@ -29,13 +29,7 @@ def test_every_shipped_configuration_is_clean(handlers: Path) -> None:
     files = sorted(handlers.glob("*.yaml"))
     assert files
     for path in files:
-        assert model_config.read(path.read_text()).max_batch_delay_ms >= 1
-
-
-def test_values_arrive() -> None:
-    config = model_config.read(yaml.safe_dump(GOOD | {"deviceType": "gpu", "deviceIds": [0, 1]}))
-    assert (config.min_workers, config.max_workers, config.batch_size, config.job_queue_size) == (1, 2, 8, 100)
-    assert (config.device_type, config.device_ids) == ("gpu", (0, 1))
+        assert model_config.read(path.read_text())["maxBatchDelay"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""What a command shows: tables and sentences for people, or with --json one object for programs, never both on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from handlerlib.errors import MarinaError
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """stdout for results, stderr for progress and errors."""
+
+    as_json: bool
+    out: Console = field(default_factory=lambda: Console(soft_wrap=not sys.stdout.isatty()))
+    err: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=not sys.stderr.isatty()))
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one object of --json; nothing otherwise."""
+        if self.as_json:
+            print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    def say(self, line: str) -> None:
+        """A sentence for a person; silent with --json."""
+        if not self.as_json:
+            self.out.print(line, markup=False, highlight=False)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+        """Cells that are numbers are set right; silent with --json."""
+        if self.as_json:
+            return
+        rows = [list(row) for row in rows]
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        for index, name in enumerate(columns):
+            numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(_cell(cell)) for cell in row))
+        self.out.print(table)
+
+    def failure(self, error: MarinaError) -> None:
+        """What failed, where, and what to do."""
+        if self.as_json:
+            document = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+            print(json.dumps(document | {"remedy": error.remedy}, ensure_ascii=False), flush=True)
+        self.err.print(Text.assemble(("error: ", "bold red"), str(error)))
+        if error.remedy:
+            self.err.print(Text.assemble(("  fix: ", "bold"), error.remedy))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
