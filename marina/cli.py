@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -64,10 +64,13 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a recipe, evaluate it on the test split and export the artifact. Ctrl-C, then the same command, resumes."""
-    from training import config, pipeline
+    from training import config
 
     screen, home = Screen(as_json), find_home()
     resolved = config.load_recipe(recipe, overrides or [])
+
+    from training import pipeline  # after the recipe is known to be good: importing torch takes seconds
+
     with ProgressReporter(screen.err) as report:
         trained = pipeline.train(resolved, runs=home.runs, artifacts=home.artifacts, report=report, again=again)
     screen.result(
@@ -154,11 +157,12 @@ def verify(
     screen.result({"archive": str(path), "sha256": report.sha256, "passed": report.passed} | _check_fields(report))
     _show_report(screen, report)
     if not report.passed:
-        raise ArchiveError(
+        error = ArchiveError(
             f"{_shown(path)} is refused: {len(report.findings)} finding{'s' if len(report.findings) != 1 else ''}, "
             f"the first: {report.findings[0].where}: {report.findings[0].message}",
             remedy=report.findings[0].remedy,
         )
+        _end_with(screen, error)
     if publish:
         store.publish(path.parent, verification.identify(path, report))
 
@@ -247,10 +251,11 @@ def predict(
     screen.table(("image", "label", "probability"), _prediction_rows(results))
     failed = [result for result in results if "error" in result]
     if failed:
-        raise ClientError(
+        error = ClientError(
             f"{len(failed)} of {len(results)} images got no answer, the first: {failed[0]['image']}: {failed[0]['error']}",
             remedy=failed[0]["remedy"] or "see the error of each image",
         )
+        _end_with(screen, error)
 
 
 @app.command()
@@ -258,8 +263,7 @@ def status(url: ManagementUrl = "http://127.0.0.1:8081", as_json: Json = False) 
     """Which models and versions are served, with their workers and queues."""
     screen = Screen(as_json)
     with ManagementClient(url) as client:
-        defaults = {client.describe(served.name).version: served.name for served in client.models()}
-        models = [model for served in client.models() for model in client.versions(served.name)]
+        models = client.status()
     screen.result({"models": [_model_fields(model) for model in models]})
     screen.table(
         ("model", "version", "default", "ready", "workers", "queued", "batch", "memory MB"),
@@ -267,7 +271,7 @@ def status(url: ManagementUrl = "http://127.0.0.1:8081", as_json: Json = False) 
             (
                 model.name,
                 model.version,
-                "yes" if defaults.get(model.version) == model.name else "",
+                "yes" if model.default else "",
                 model.ready_workers,
                 len(model.workers),
                 model.pending,
@@ -334,6 +338,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+
+
+def _end_with(screen: Screen, error: MarinaError) -> NoReturn:
+    """Fail after the result was shown: --json prints one object only, and it already holds what failed."""
+    screen.explain(error)
+    raise typer.Exit(error.exit_code)
 
 
 def _show_metrics(screen: Screen, metrics: dict[str, float], title: str) -> None:

@@ -61,6 +61,11 @@ class ServerError(MarinaError):
 
     exit_code = 6
 
+    def __init__(self, message: str, *, remedy: str = "", log_tail: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.log_tail = log_tail
+        """The last lines that java and the workers printed, oldest first; empty when none ran."""
+
 
 class NoJava(ServerError):
     """No java was found, or the one found is too old."""
@@ -79,13 +84,12 @@ class NotReady(ServerError):
 
 
 class ServerDied(ServerError):
-    """java ended without being asked to. `log_tail` holds its last lines, oldest first."""
+    """java ended without being asked to."""
 
-    def __init__(self, message: str, *, remedy: str = "", status: int | None = None, log_tail: str = "") -> None:
-        super().__init__(message, remedy=remedy)
+    def __init__(self, message: str, *, remedy: str = "", log_tail: str = "", status: int | None = None) -> None:
+        super().__init__(message, remedy=remedy, log_tail=log_tail)
         self.status = status
         """java's exit status; negative: the number of the signal that ended it."""
-        self.log_tail = log_tail
 
 
 class ClientError(MarinaError):

@@ -22,7 +22,7 @@ PLAIN_LINE_SECONDS = 5.0
 
 
 class Step(Protocol):
-    """What the training package reports; `total` 0 means that the amount of work is not known."""
+    """What the training package reports; `total` 0 makes the note a message that must be seen, not a state."""
 
     @property
     def phase(self) -> str: ...
@@ -57,6 +57,9 @@ class ProgressReporter:
 
     def __call__(self, step: Step) -> None:
         """Show one step."""
+        if step.total == 0 and step.note:
+            self._console.print(f"{step.phase} · {step.note}", highlight=False, markup=False)
+            return
         starts = step.phase != self._phase
         if starts:
             self._phase, self._started = step.phase, time.monotonic()

@@ -15,6 +15,9 @@ from rich.text import Text
 from handlerlib.errors import MarinaError
 
 
+LOG_LINES = 15
+
+
 @dataclass(frozen=True, slots=True)
 class Screen:
     """stdout for results, stderr for progress and errors."""
@@ -47,10 +50,17 @@ class Screen:
         self.out.print(table)
 
     def failure(self, error: MarinaError) -> None:
-        """What failed, where, and what to do."""
-        if self.as_json:
-            document = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
-            print(json.dumps(document | {"remedy": error.remedy}, ensure_ascii=False), flush=True)
+        """A command that has no result: the error takes its place."""
+        self.result(
+            {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code, "remedy": error.remedy}
+        )
+        self.explain(error)
+
+    def explain(self, error: MarinaError) -> None:
+        """What failed, where, and what to do, on standard error."""
+        tail = getattr(error, "log_tail", "")
+        if tail:
+            self.err.print(Text("last lines of the log:\n" + "\n".join(tail.splitlines()[-LOG_LINES:]), style="dim"))
         self.err.print(Text.assemble(("error: ", "bold red"), str(error)))
         if error.remedy:
             self.err.print(Text.assemble(("  fix: ", "bold"), error.remedy))

@@ -286,6 +286,14 @@ def test_headers_that_torchserve_gives_to_handlers_cannot_be_sent(gate: Front) -
     assert b"ts_request" not in sent
 
 
+def test_the_worker_learns_id_and_arrival_of_the_request(gate: Front) -> None:
+    answer = gate.ask(X_Request_Id="abc-1", X_Marina_Request_Id="forged", X_Request_Start="t=1")
+    passed = {name.lower(): value for name, value in answer.json["headers"].items()}
+    assert passed["x-marina-request-id"] == answer.headers["x-request-id"] == "abc-1"
+    arrived = int(passed["x-request-start"].removeprefix("t=")) / 1e6
+    assert abs(time.time() - arrived) < 30
+
+
 @pytest.mark.parametrize("sent", ["application/x-www-form-urlencoded", "Application/X-WWW-Form-URLEncoded; charset=x"])
 def test_the_form_content_type_becomes_octet_stream(gate: Front, sent: str) -> None:
     assert gate.ask(Content_Type=sent).json["headers"]["content-type"] == "application/octet-stream"

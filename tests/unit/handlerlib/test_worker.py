@@ -171,11 +171,12 @@ def test_an_answer_that_is_no_number_is_an_error_of_its_own(started: tuple[Image
     assert [reply.status for reply in replies] == [200, 500, 200]
 
 
-def test_request_id_of_the_caller_is_kept_when_it_is_harmless(started: tuple[ImageClassifier, Any]) -> None:
-    (reply,) = ask(*started, [{"body": b""}], {"X-Request-Id": "abc-123"})
+def test_request_id_of_the_gateway_is_kept_when_it_is_harmless(started: tuple[ImageClassifier, Any]) -> None:
+    (reply,) = ask(*started, [{"body": b""}], {"X-Marina-Request-Id": "abc-123"})
     assert problem(reply, 400)["instance"] == "abc-123"
-    (reply,) = ask(*started, [{"body": b""}], {"X-Request-Id": 'a"\r\nb'})
-    assert problem(reply, 400)["instance"] == "request-0"
+    for other in ({"X-Marina-Request-Id": 'a"\r\nb'}, {"X-Request-Id": "abc-123"}, {}):
+        (reply,) = ask(*started, [{"body": b""}], other)
+        assert problem(reply, 400)["instance"] == "request-0"
 
 
 def test_self_test_names_sample_expected_and_got(artifact: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,5 @@
+"""`python -m marina`, for where no script is installed."""
+
+from marina.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""Child processes that never outlive us, ports, and temp folders that a killed run leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from marina.errors import PortBusy, ServerError
+
+SOCKET_PATH_LIMIT = 100
+"""Bytes. A Unix socket's path has at most 107; TorchServe puts `/.ts.sock.NNNNN` behind the temp folder."""
+
+_PREFIX = "marina-"
+_LOCK_FILE = "in-use"
+
+# Runs before java, in a process of its own: preexec_fn is unsafe in a process with threads. The signal follows the
+# death of the thread that started us, so `spawn` must be called from a thread that lives as long as the child.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def spawn(command: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start `command` in a session of its own, stdout and stderr in one pipe; it gets SIGTERM when we die.
+
+    Call it from a thread that lives as long as the child.
+    """
+    launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    return subprocess.Popen(
+        launcher,
+        cwd=folder,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process and everything it started; returns when none of them is alive.
+
+    Raises ServerError when one cannot be killed.
+    """
+    deadline = time.monotonic() + 10.0
+    while _signal_group(process.pid, signal.SIGKILL):
+        if process.poll() is not None:
+            _reap_group(process.pid)
+            if not _any_alive(process.pid):
+                break  # dead, and not yet reaped by the init process, which takes its time
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"processes of session {process.pid} cannot be killed", remedy=f"look at them: ps -s {process.pid}"
+            )
+        time.sleep(0.01)
+    process.wait()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that the system says is free now."""
+    with socket.socket(_family(host)) as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
+
+
+def free_ports(count: int, host: str = "127.0.0.1", *, apart_from: Iterable[int] = ()) -> list[int]:
+    """`count` different free TCP ports, none of them in `apart_from`."""
+    taken = set(apart_from)
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            listener = held.enter_context(socket.socket(_family(host)))
+            listener.bind((host, 0))
+            port = int(listener.getsockname()[1])
+            if port not in taken:
+                found.append(port)
+    return found
+
+
+def require_port(host: str, port: int, *, purpose: str, option: str) -> None:
+    """Raises PortBusy, naming the program that holds the port where that can be seen, when we could not listen there."""
+    try:
+        with socket.socket(_family(host)) as listener:
+            # As java binds: a port whose last connections still time out is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(1)
+    except socket.gaierror as error:
+        raise ServerError(
+            f"the {purpose} host '{host}' is not an address of this machine", remedy="use 127.0.0.1"
+        ) from error
+    except PermissionError as error:
+        raise PortBusy(
+            f"the {purpose} port {port} needs privileges", remedy=f"choose one above 1023 with {option}"
+        ) from error
+    except OSError as error:
+        raise PortBusy(
+            f"the {purpose} port {port} on {host} is taken{_holder(port)}",
+            remedy=f"stop that program, or choose another port with {option}",
+        ) from error
+
+
+def private_folder(root: Path | None = None) -> tuple[Path, int]:
+    """A new folder with a path short enough for a Unix socket, and the lock that says it is in use.
+
+    Folders that killed runs left beside it are removed. Raises ServerError when the path is too long.
+    """
+    base = Path(tempfile.gettempdir() if root is None else root).resolve()
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        raise ServerError(f"the temp folder {base} is not a writable folder", remedy="set TMPDIR to one that is")
+    _sweep(base)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    if len(os.fsencode(folder)) + len("/.ts.sock.65535") > SOCKET_PATH_LIMIT:
+        folder.rmdir()
+        raise ServerError(
+            f"the temp folder {base} has too long a path for a Unix socket",
+            remedy="set TMPDIR to a short one, e.g. /tmp",
+        )
+    lock = os.open(folder / f"{_LOCK_FILE}.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / f"{_LOCK_FILE}.new").rename(folder / _LOCK_FILE)
+    return folder, lock
+
+
+def remove_folder(folder: Path, lock: int) -> None:
+    """Remove what `private_folder` made."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _sweep(base: Path) -> None:
+    """Remove the folders whose lock nobody holds: their process was killed."""
+    for stale in base.glob(f"{_PREFIX}*/{_LOCK_FILE}"):
+        try:
+            lock = os.open(stale, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pass
+        else:
+            shutil.rmtree(stale.parent, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _signal_group(group: int, number: signal.Signals) -> bool:
+    """False when the group has no process any more."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _any_alive(group: int) -> bool:
+    """Whether a process of the group still runs; killpg counts zombies too."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _reap_group(group: int) -> None:
+    """As PID 1 we inherit the workers of a killed java; unreaped they would stay as zombies for ever."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+
+
+def _holder(port: int) -> str:
+    """` by pid 12 (name)` where the system lets us see it, else empty."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})" if connection.pid else ""
+    return ""
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

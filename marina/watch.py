@@ -1,0 +1,324 @@
+"""The state of the served models, looked at every second or so, and the small port that tells it to others."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Protocol
+
+import requests
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from marina.client import ManagementClient, ModelStatus
+from marina.errors import ClientError, Refused
+
+_ACCEPTED = "ts_inference_requests"
+
+
+class Expected(Protocol):
+    """A model version that must be served."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionState:
+    """One expected model version at one moment."""
+
+    name: str
+    version: str
+    expected: int
+    """Workers that must be ready."""
+    ready: int
+    """Workers that can answer."""
+    dead: int
+    """Workers that TorchServe keeps in its list and that cannot answer: loading again, or given up."""
+    pending: int
+    remaining_capacity: int
+    restarts: int
+    """Times since the start that a worker came back as another process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """Everything expected, at one moment; `unanswered` says why there is no newer one."""
+
+    versions: tuple[VersionState, ...] = ()
+    seen_at: float = 0.0
+    """time.monotonic()"""
+    unanswered: str = "not looked yet"
+
+    def missing(self) -> list[str]:
+        """Why not everything is ready, one line per model version; empty when all is."""
+        if self.unanswered:
+            return [self.unanswered]
+        return [
+            f"{item.name} {item.version}: {item.ready} of {item.expected} workers ready"
+            for item in self.versions
+            if item.ready < item.expected
+        ]
+
+    @property
+    def pending(self) -> int:
+        """Requests waiting in all queues."""
+        return sum(item.pending for item in self.versions)
+
+
+class Watch:
+    """Looks at the expected versions through the management interface."""
+
+    def __init__(self, management: ManagementClient, expected: Sequence[Expected]) -> None:
+        self._management = management
+        self._expected = tuple(expected)
+        self._pids: dict[tuple[str, str, str], int] = {}
+        self._restarts: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
+        self._state = State()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def state(self) -> State:
+        """What was seen last."""
+        return self._state
+
+    def look(self) -> State:
+        """See for yourself, now."""
+        with self._lock:
+            try:
+                versions = tuple(self._look_at(item) for item in self._expected)
+                self._state = State(versions=versions, seen_at=time.monotonic(), unanswered="")
+            except ClientError as error:
+                previous = self._state
+                self._state = State(versions=previous.versions, seen_at=previous.seen_at, unanswered=str(error))
+            return self._state
+
+    def start(self, every_seconds: float) -> None:
+        """Keep looking, in a thread of its own, until `stop`."""
+
+        def keep_looking() -> None:
+            while not self._stopped.wait(every_seconds):
+                self.look()
+
+        self._thread = threading.Thread(target=keep_looking, name="marina-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No look begins after this."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _look_at(self, item: Expected) -> VersionState:
+        key = (item.name, item.version)
+        try:
+            status = self._management.describe(item.name, item.version)
+        except Refused as error:
+            if error.status != 404:
+                raise
+            return self._version_state(item, ready=0, dead=0, pending=0, capacity=0)
+        self._count_restarts(key, status)
+        return self._version_state(
+            item,
+            ready=status.ready_workers,
+            dead=len(status.workers) - status.ready_workers,
+            pending=status.pending,
+            capacity=status.remaining_capacity,
+        )
+
+    def _version_state(self, item: Expected, *, ready: int, dead: int, pending: int, capacity: int) -> VersionState:
+        return VersionState(
+            name=item.name,
+            version=item.version,
+            expected=item.workers,
+            ready=ready,
+            dead=dead,
+            pending=pending,
+            remaining_capacity=capacity,
+            restarts=self._restarts.get((item.name, item.version), 0),
+        )
+
+    def _count_restarts(self, key: tuple[str, str], status: ModelStatus) -> None:
+        for worker in status.workers:
+            if worker.ready:
+                before = self._pids.setdefault((*key, worker.id), worker.pid)
+                if before != worker.pid:
+                    self._pids[(*key, worker.id)] = worker.pid
+                    self._restarts[key] = self._restarts.get(key, 0) + 1
+
+
+def accepted(metrics_url: str, *, timeout: float = 3.0) -> int:
+    """Predictions that TorchServe has taken on since its start. Raises requests.RequestException."""
+    answer = requests.get(f"{metrics_url}/metrics", params={"name[]": f"{_ACCEPTED}_total"}, timeout=timeout)
+    answer.raise_for_status()
+    families = text_string_to_metric_families(answer.text)
+    return int(sum(sample.value for family in families if family.name == _ACCEPTED for sample in family.samples))
+
+
+class Supervised(Protocol):
+    """What the small port tells about."""
+
+    def alive(self) -> bool: ...
+    def not_ready(self) -> list[str]: ...
+    def draining(self) -> bool: ...
+    def in_flight(self) -> int | None: ...
+    def state(self) -> State: ...
+    def models(self) -> Sequence[Expected]: ...
+    def request_drain(self) -> None: ...
+
+
+class SupervisorMetrics(Collector):
+    """The supervisor's figures in Prometheus form, read when asked. Labels come from the expected models only."""
+
+    def __init__(self, supervised: Supervised) -> None:
+        self._supervised = supervised
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after the other."""
+        state = self._supervised.state()
+        yield _gauge("marina_ready", "1 when every expected model version can answer", not self._supervised.not_ready())
+        yield _gauge("marina_draining", "1 from the moment a stop was asked for", self._supervised.draining())
+        in_flight = self._supervised.in_flight()
+        if in_flight is not None:
+            yield _gauge("marina_in_flight", "predictions accepted and not yet answered", in_flight)
+        for name, text, attribute in _VERSION_GAUGES:
+            family = GaugeMetricFamily(name, text, labels=("model", "version"))
+            for item in state.versions:
+                family.add_metric((item.name, item.version), getattr(item, attribute))
+            yield family
+        restarts = CounterMetricFamily("marina_worker_restarts", "workers that came back", labels=("model", "version"))
+        archives = InfoMetricFamily("marina_archive", "the archive of each served version", labels=("model", "version"))
+        for item in state.versions:
+            restarts.add_metric((item.name, item.version), item.restarts)
+        for model in self._supervised.models():
+            archives.add_metric((model.name, model.version), {"sha256": model.sha256})
+        yield restarts
+        yield archives
+
+
+_VERSION_GAUGES = (
+    ("marina_workers_expected", "workers that must be ready", "expected"),
+    ("marina_workers_ready", "workers that can answer", "ready"),
+    ("marina_workers_dead", "workers that are loading again or were given up", "dead"),
+    ("marina_queue_pending", "requests waiting in TorchServe's queue", "pending"),
+    ("marina_queue_remaining", "requests the queue still takes before it answers 503", "remaining_capacity"),
+)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    family = GaugeMetricFamily(name, text)
+    family.add_metric((), float(value))
+    return family
+
+
+class Port:
+    """`GET /livez`, `/readyz`, `/metrics` and, from this machine only, `POST /drain`."""
+
+    def __init__(self, host: str, port: int, supervised: Supervised) -> None:
+        """Listens at once; OSError when it cannot."""
+        registry = CollectorRegistry()
+        registry.register(SupervisorMetrics(supervised))
+
+        class Handler(_Handler):
+            routes = _routes(supervised, registry)
+
+        self._server = (_V6Server if ":" in host else _Server)((host, port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="marina-port", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    status: int
+    content_type: str
+    body: bytes
+
+
+def _json(status: int, value: object) -> _Reply:
+    return _Reply(status, "application/json", json.dumps(value).encode() + b"\n")
+
+
+def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tuple[str, str], Callable[[], _Reply]]:
+    def livez() -> _Reply:
+        alive = supervised.alive()
+        return _json(200 if alive else 503, {"alive": alive})
+
+    def readyz() -> _Reply:
+        missing = supervised.not_ready()
+        return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
+
+    def metrics() -> _Reply:
+        return _Reply(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+
+    def drain() -> _Reply:
+        supervised.request_drain()
+        return _json(202, {"draining": True})
+
+    return {
+        ("GET", "/livez"): livez,
+        ("GET", "/readyz"): readyz,
+        ("GET", "/metrics"): metrics,
+        ("POST", "/drain"): drain,
+    }
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+
+class _V6Server(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 10
+    """Seconds a client may be silent; a slow one holds a thread."""
+    routes: Mapping[tuple[str, str], Callable[[], _Reply]]
+
+    def do_GET(self) -> None:
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        if ipaddress.ip_address(self.client_address[0]).is_loopback:
+            self._answer("POST")
+        else:
+            self._send(_json(403, {"error": "only from this machine"}))
+
+    def _answer(self, method: str) -> None:
+        route = self.routes.get((method, self.path.partition("?")[0]))
+        self._send(route() if route is not None else _json(404, {"error": "no such route"}))
+
+    def _send(self, reply: _Reply) -> None:
+        self.send_response(reply.status)
+        self.send_header("Content-Type", reply.content_type)
+        self.send_header("Content-Length", str(len(reply.body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(reply.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Probes come every few seconds and are not worth a line."""
