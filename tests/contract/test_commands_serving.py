@@ -58,7 +58,8 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     tree = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0, log.read_text()[-3000:]
-    assert process.stdout.read() == "", "only the ready line belongs on standard output"
+    with process.stdout as rest:
+        assert rest.read() == "", "only the ready line belongs on standard output"
     _, alive = psutil.wait_procs(tree, timeout=5)
     assert alive == []
 

@@ -1,0 +1,263 @@
+"""The training loop on small real data: every network, optimiser and schedule, failure and determinism."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from training import data
+from training.config import Recipe, load_recipe
+from training.data import Dataset
+from training.errors import NumericFailure, RecipeError
+from training.progress import Step, silent
+from training.train import (
+    BEST_SO_FAR,
+    CHECKPOINT,
+    HISTORY,
+    Fitted,
+    architecture,
+    fit,
+    learning_rate,
+    reproducible,
+    start_network,
+)
+
+WriteTree = Callable[..., Path]
+MakeRecipe = Callable[..., Recipe]
+
+FitDigits = Callable[..., Fitted]
+
+
+def dataset_of(recipe: Recipe) -> Dataset:
+    return data.prepare(data.survey(recipe, threads=1, report=silent), recipe, threads=1, report=silent)
+
+
+@pytest.fixture(scope="session")
+def few_digits() -> Dataset:
+    return dataset_of(load_recipe("digits", ["data.max_images=400", "data.image_size=8"]))
+
+
+@pytest.fixture
+def fit_digits(few_digits: Dataset, tmp_path: Path) -> FitDigits:
+    """Train on 400 real digits at 8x8."""
+
+    def run(*overrides: str) -> Fitted:
+        base = (
+            "model.architecture=mlp",
+            "train.epochs=4",
+            "train.batch_size=32",
+            "train.device=cpu",
+            "train.threads=1",
+        )
+        recipe = load_recipe("digits", [*base, *overrides])
+        with reproducible(1):
+            return fit(few_digits, recipe, tmp_path, report=silent)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [("optimizer=adamw", "learning_rate=1e-3"), ("optimizer=sgd", "learning_rate=0.1")],
+    ids=["adamw", "sgd"],
+)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+def test_every_optimizer_and_schedule_learns(optimizer: tuple[str, str], schedule: str, fit_digits: FitDigits) -> None:
+    plain = ["model.dropout=0", "augment.shift=0", "augment.rotation=0", "augment.scale=0", "train.epochs=8"]
+    overrides = [*plain, *(f"train.{setting}" for setting in (*optimizer, f"schedule={schedule}"))]
+    first, *_, last = fit_digits(*overrides).history
+    assert last["train_loss"] < 0.6 * first["train_loss"]
+    assert last["validation_loss"] < first["validation_loss"]
+    assert last["validation_accuracy"] > 0.5
+
+
+def test_schedules_have_their_shape() -> None:
+    def rates(schedule: str) -> list[float]:
+        train = load_recipe("digits", [f"train.schedule={schedule}", "train.learning_rate=0.1"]).train
+        return [learning_rate(train, step, 100) for step in range(100)]
+
+    assert set(rates("constant")) == {0.1}
+    cosine = rates("cosine")
+    assert cosine[0] == 0.1
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[-1] < 0.001
+    cycle = rates("one_cycle")
+    assert cycle[0] == pytest.approx(0.1 / 25)
+    assert max(cycle) == pytest.approx(0.1)
+    assert cycle[:31] == sorted(cycle[:31])
+    assert cycle[30:] == sorted(cycle[30:], reverse=True)
+    assert cycle[-1] == pytest.approx(0.1 / 25 / 10_000)
+
+
+def test_the_best_epoch_is_kept_not_the_last(fit_digits: FitDigits) -> None:
+    """At a rate that wrecks the network in the end, the best epoch's weights are what comes out."""
+    fitted = fit_digits("train.optimizer=sgd", "train.learning_rate=0.5", "train.schedule=constant", "train.epochs=8")
+    accuracies = [line["validation_accuracy"] for line in fitted.history]
+    assert accuracies[fitted.best_epoch - 1] == max(accuracies)
+
+
+@pytest.mark.parametrize(("monitor", "better"), [("loss", min), ("accuracy", max), ("macro_f1", max)])
+def test_monitor_decides_which_epoch_is_best(
+    monitor: str, better: Callable[[list[float]], float], fit_digits: FitDigits
+) -> None:
+    fitted = fit_digits(f"train.monitor={monitor}", "train.learning_rate=0.01", "train.schedule=constant")
+    values = [line[f"validation_{monitor}"] for line in fitted.history]
+    assert values[fitted.best_epoch - 1] == better(values)
+
+
+def test_early_stopping_ends_after_epochs_without_progress(fit_digits: FitDigits) -> None:
+    fitted = fit_digits("train.early_stopping=2", "train.epochs=40", "train.learning_rate=3e-3")
+    assert len(fitted.history) == fitted.best_epoch + 2
+    assert len(fitted.history) < 40
+
+
+def test_weight_decay_label_smoothing_and_dropout_each_change_the_result(fit_digits: FitDigits, tmp_path: Path) -> None:
+    def loss(*overrides: str) -> float:
+        (tmp_path / CHECKPOINT).unlink(missing_ok=True)
+        return fit_digits("train.epochs=1", *overrides).history[0]["validation_loss"]
+
+    losses = [loss(), loss("train.weight_decay=1.0"), loss("train.label_smoothing=0.2"), loss("model.dropout=0.5")]
+    assert losses[0] == loss()
+    assert len(set(losses)) == 4
+
+
+def test_a_loss_that_is_no_number_stops_with_place_and_rate_and_keeps_the_best(
+    fit_digits: FitDigits, tmp_path: Path
+) -> None:
+    with pytest.raises(NumericFailure, match=r"epoch \d+, step \d+ \(learning rate 1e\+20\)") as caught:
+        fit_digits("train.optimizer=sgd", "train.learning_rate=1e20", "train.schedule=constant")
+    assert "--set train.learning_rate=1e+19" in caught.value.remedy
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_weights_of_the_best_epoch_survive_a_numeric_failure(fit_digits: FitDigits, tmp_path: Path) -> None:
+    """A one-cycle that starts tame and peaks far too high fails after some good epochs."""
+    with pytest.raises(NumericFailure, match=r"the weights of epoch \d+ are kept"):
+        fit_digits("train.optimizer=sgd", "train.learning_rate=4", "train.schedule=one_cycle", "train.epochs=12")
+    weights = torch.load(tmp_path / BEST_SO_FAR, weights_only=True)
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_the_history_has_a_line_per_epoch(fit_digits: FitDigits, tmp_path: Path) -> None:
+    fitted = fit_digits()
+    lines = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert tuple(lines) == fitted.history
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+OWN = ["mlp", "lenet", "cnn28", "cifar_cnn", "tiny_cnn", "resnet9"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((own, 16) for own in OWN), ("resnet18", 32), ("mobilenet_v3_small", 32), ("squeezenet1_1", 40)],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_network_trains(
+    name: str, size: int, channels: int, tree: WriteTree, folder_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = folder_recipe(
+        tree(zero=9, one=9),
+        f"model.architecture={name}",
+        f"data.image_size={size}",
+        f"data.channels={channels}",
+        "train.epochs=1",
+        "train.batch_size=6",
+    )
+    dataset = dataset_of(recipe)
+    with reproducible(1):
+        fitted = fit(dataset, recipe, tmp_path, report=silent)
+    assert math.isfinite(fitted.history[0]["train_loss"])
+    assert all(bool(torch.isfinite(value).all()) for value in fitted.weights.values())
+
+
+def test_a_last_batch_of_one_does_not_break_batch_norm(
+    tree: WriteTree, folder_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = folder_recipe(tree(zero=10, one=9), "model.architecture=resnet9", "train.epochs=1", "train.batch_size=4")
+    dataset = dataset_of(recipe)
+    assert dataset.sizes()["train"] % 4 == 1
+    with reproducible(1):
+        assert fit(dataset, recipe, tmp_path, report=silent).history
+
+
+def test_a_network_too_large_for_the_images_is_a_recipe_error(
+    tree: WriteTree, folder_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = folder_recipe(tree(zero=9, one=9), "model.architecture=alexnet")
+    with pytest.raises(RecipeError, match="does not take 1x8x8 images") as caught:
+        fit(dataset_of(recipe), recipe, tmp_path, report=silent)
+    assert "data.image_size" in caught.value.remedy
+
+
+def test_pretrained_weights_that_do_not_exist(fit_digits: FitDigits) -> None:
+    with pytest.raises(RecipeError, match="no pretrained weights for 'mlp'"):
+        fit_digits("model.pretrained=true")
+
+
+def test_pretrained_weights_that_cannot_be_fetched(
+    tree: WriteTree, folder_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    wanted = ("model.architecture=squeezenet1_1", "model.pretrained=true", "data.image_size=40")
+    recipe = folder_recipe(tree(zero=9, one=9), *wanted)
+    with pytest.raises(RecipeError, match="pretrained weights of 'squeezenet1_1' cannot be fetched") as caught:
+        fit(dataset_of(recipe), recipe, tmp_path, report=silent)
+    assert "model.pretrained=false" in caught.value.remedy
+
+
+def test_pretrained_weights_are_taken_where_the_shapes_match(
+    tree: WriteTree, folder_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision looks into its cache first; the file put there stands for the download."""
+    weights = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT
+    given = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    buffer = io.BytesIO()
+    torch.save(given, buffer)
+    # The name carries the start of the file's own digest, which torch checks.
+    monkeypatch.setattr(
+        weights.value, "url", f"http://127.0.0.1:9/x-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
+    )
+    cache = tmp_path / "hub" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    (cache / weights.url.rpartition("/")[2]).write_bytes(buffer.getvalue())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    wanted = ("model.architecture=squeezenet1_1", "model.pretrained=true", "data.image_size=40", "data.channels=3")
+    recipe = folder_recipe(tree(zero=9, one=9), *wanted)
+    seen: list[Step] = []
+    network = start_network(architecture(dataset_of(recipe), recipe), recipe.model, recipe.seed, report=seen.append)
+    own = network.state_dict()
+    taken = [key for key, value in given.items() if own[key].shape == value.shape and torch.equal(own[key], value)]
+    # All but the last convolution, which has another number of classes.
+    assert len(taken) == len(own) - 2
+    assert f"{len(taken)} of {len(own)} tensors" in seen[0].note
+
+
+def test_no_gpu_where_one_is_wanted(fit_digits: FitDigits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="torch sees no GPU"):
+        fit_digits("train.device=cuda")
+
+
+def test_settings_of_the_process_are_as_before() -> None:
+    threads = torch.get_num_threads()
+    state = torch.get_rng_state()
+    with reproducible(1):
+        torch.manual_seed(5)
+        assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,282 @@
+"""Recipes: what to train, on which data and how, as one frozen value.
+
+A recipe is a TOML file that holds only what differs from the defaults below. `load_recipe` reads it, applies
+`--set a.b=c` overrides and checks everything, so that the functions below it never see a wrong value.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from handlerlib.spec import Limits, closest
+from training.errors import RecipeError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Source = Literal["digits", "folder", "mnist", "fashion_mnist", "cifar10"]
+_LIMITS = Limits()
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """Where the images come from and how they are divided."""
+
+    source: Source
+    root: str | None = None
+    """Folder (or .zip) of the images; needed by `folder`; where the torchvision sets are kept, `data` by default."""
+    image_size: Literal["auto"] | Annotated[int, Field(ge=4, le=1024)] = "auto"
+    """Side of the network's input in pixels. auto: the images' common size when they share one of at most
+    `max_side` a side, otherwise `max_side`."""
+    max_side: int = Field(default=64, ge=4, le=1024)
+    """Largest side that `image_size = "auto"` may choose, in pixels."""
+    channels: Literal["auto", 1, 3] = "auto"
+    """auto: 1 when every image is grey, otherwise 3."""
+    crop_fraction: float = Field(default=1.0, gt=0, le=1)
+    """When the images differ in size: the part of the shorter side that the network sees."""
+    validation: float = Field(default=0.1, gt=0, lt=0.5)
+    """Part of all images (of the training images where the data has its own test set) held out to choose the best epoch."""
+    test: float = Field(default=0.2, gt=0, lt=0.5)
+    """Part of all images held out for the final figures; unused where the data has its own test set."""
+    max_images: int | None = Field(default=None, ge=4)
+    """Use at most this many images, evenly over splits and classes. For trials."""
+    memory_mib: int = Field(default=1024, ge=0)
+    """Decoded images beyond this many MiB lie in a memory-mapped file in the run folder while training."""
+
+
+class Model(_Section):
+    """Which network."""
+
+    architecture: str
+    """A name of `handlerlib.architectures.names()`."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of every dropout layer; the architecture's own when left out."""
+    pretrained: bool = False
+    """Start from torchvision's DEFAULT weights (downloaded) wherever the shapes match."""
+
+
+class Train(_Section):
+    """The optimisation."""
+
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=64, ge=2)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """The peak of the schedule."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """For sgd (Nesterov's form when above 0)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """On weights of two or more dimensions; biases and norms are left alone."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    early_stopping: int = Field(default=0, ge=0)
+    """Stop after this many epochs without a better `monitor`; 0 trains all epochs."""
+    monitor: Literal["accuracy", "loss", "macro_f1"] = "accuracy"
+    """What the best epoch is chosen by, on the validation split; ties go to the lower loss."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    """Longest time of training that a power cut can cost."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 takes all that this process may use. Part of the run's identity: sums depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Augment(_Section):
+    """Random changes to training images, drawn anew for each image and epoch. Zero is off."""
+
+    shift: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest shift, as part of the side; edges are repeated."""
+    flip: bool = False
+    """Mirror every second image left to right."""
+    rotation: float = Field(default=0.0, ge=0, le=180)
+    """Largest angle in degrees, both ways."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of size, both ways."""
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of contrast, both ways."""
+    brightness: float = Field(default=0.0, ge=0, le=2)
+    """Largest shift of brightness in standard deviations of the data, both ways."""
+    cutout: float = Field(default=0.0, ge=0, lt=1)
+    """Side of one square blanked per image, as part of the image's side."""
+
+
+class Serve(_Section):
+    """What the served model accepts; ends in `model_spec.json`."""
+
+    max_bytes: int = Field(default=_LIMITS.max_bytes, ge=1)
+    max_pixels: int = Field(default=_LIMITS.max_pixels, ge=1)
+    max_instances: int = Field(default=_LIMITS.max_instances, ge=1)
+    top_k: int = Field(default=_LIMITS.top_k, ge=1)
+    max_top_k: int = Field(default=_LIMITS.max_top_k, ge=1)
+    tolerance: float = Field(default=1e-4, gt=0, lt=1)
+    """Largest difference of a golden probability between training's export and a worker."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**self.model_dump(exclude={"tolerance"}))
+
+
+class Recipe(_Section):
+    """One training, complete. Two equal recipes on the same data, code and machine give the same weights."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Model name: the folder under `artifacts/` and the name in URLs."""
+    version: str = Field(default="auto", pattern=r"^(auto|\d+(\.\d+)*)$")
+    """auto: the next free 1.N under `artifacts/<name>/`."""
+    seed: int = Field(default=0, ge=0)
+    data: Data
+    model: Model
+    train: Train = Train()
+    augment: Augment = Augment()
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.source == "digits" and self.data.root is not None:
+            raise ValueError("data.root: the digits come with scikit-learn, leave root out")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: all but the version number, where images lie (their digest counts), where pixels
+        are kept meanwhile and how often a checkpoint is written."""
+        aside: dict[str, bool | set[str]] = {
+            "version": True,
+            "data": {"root", "memory_mib"},
+            "train": {"checkpoint_minutes"},
+        }
+        return self.model_dump(mode="json", exclude=aside)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes that come with Marina."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.toml")))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that short name or TOML path, with `section.key=value` overrides applied.
+
+    Raises RecipeError for an unknown recipe, unknown key (with the nearest known one) or a value out of range.
+    """
+    path = _find(name_or_path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}", remedy="check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {path} is not TOML: {error}", remedy="correct that line") from error
+    for override in overrides:
+        _override(values, override)
+    return parse(values, where=f"recipe {path.stem}")
+
+
+def parse(values: Mapping[str, Any], *, where: str) -> Recipe:
+    """Check raw values. Raises RecipeError, `where` opening its message."""
+    try:
+        recipe = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(_explain(error))
+        raise RecipeError(f"{where}: {problems}", remedy="correct the recipe or the --set option") from error
+    _check_architecture(recipe.model)
+    return recipe
+
+
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        if path.is_file():
+            return path
+        raise RecipeError(f"recipe file {path} does not exist", remedy=f"known recipes: {', '.join(recipe_names())}")
+    if name_or_path in recipe_names():
+        return RECIPES / f"{name_or_path}.toml"
+    raise RecipeError(
+        f"unknown recipe '{name_or_path}'{closest(name_or_path, recipe_names())}",
+        remedy=f"known recipes: {', '.join(recipe_names())}; or give the path of a .toml file",
+    )
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"--set {override}: not of the form key=value", remedy="e.g. --set train.epochs=5")
+    table = values
+    for part in path[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: '{part}' is a value, not a section", remedy="drop what follows it")
+        table = inner
+    table[path[-1]] = _value(path, text.strip())
+
+
+def _value(path: list[str], text: str) -> object:
+    """As TOML would read it; where the recipe wants text, `1.10` and `2024` stay text."""
+    try:
+        value: object = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return text if _wants_text(path) and not isinstance(value, str) else value
+
+
+def _wants_text(path: list[str]) -> bool:
+    kind: Any = Recipe
+    for part in path:
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)) or part not in kind.model_fields:
+            return False
+        kind = kind.model_fields[part].annotation
+    return kind is str or set(get_args(kind)) == {str, type(None)}
+
+
+def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line per key; the arms of a union are joined by "or"."""
+    known = list(_keys())
+    lines: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        parts = [str(part) for part in problem["loc"]]
+        key = ".".join(parts)
+        if problem["type"] == "extra_forbidden":
+            lines[f"unknown key '{key}'{_suggest(key, known)}"] = []
+            continue
+        while key and key not in known:
+            key = key.rpartition(".")[0]
+        text = problem["msg"].removeprefix("Value error, ")
+        lines.setdefault(key, []).append(text if problem["type"] == "missing" else f"{text} (got {problem['input']!r})")
+        if not key:
+            lines[text] = lines.pop(key)[:0]
+    return [f"{key}: {' or '.join(texts)}" if texts else key for key, texts in lines.items()]
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    section, _, word = key.rpartition(".")
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    near = closest(word, beside)
+    if near:
+        return near.replace("'", f"'{section}.", 1) if section else near
+    elsewhere = {name.rpartition(".")[2]: name for name in known}
+    if word in elsewhere:
+        return f", did you mean '{elsewhere[word]}'?"
+    return f"; known here: {', '.join(beside)}" if beside else closest(key, known)
+
+
+def _check_architecture(model: Model) -> None:
+    # Imported here: reading a recipe's text needs no torch, checking its architecture does.
+    from handlerlib import architectures
+
+    if model.architecture not in architectures.names():
+        own = ", ".join(architectures.names()[:6])
+        raise RecipeError(
+            f"unknown architecture '{model.architecture}'{closest(model.architecture, architectures.names())}",
+            remedy=f"take one of {own}, or a classification name of torchvision such as resnet18",
+        )

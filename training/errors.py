@@ -1,0 +1,58 @@
+"""What can stop a training command; each error carries its exit code and a remedy.
+
+MarinaError                       handlerlib.errors
+├── RecipeError             3     unknown recipe, key or architecture, a value out of range, weights not to be had
+│   ├── NumericFailure      3     the loss became NaN or infinite
+│   └── RunBusy             3     another process trains the same run
+├── DataError               4     the images cannot be used as they are
+├── TargetError             5     not a finished run or artifact, or its files are damaged
+└── Interrupted           130     stopped on request; the same command resumes
+"""
+
+from __future__ import annotations
+
+from handlerlib.errors import MarinaError
+
+
+class RecipeError(MarinaError):
+    """The recipe or an override cannot be used; the message names the key."""
+
+    exit_code = 3
+
+
+class NumericFailure(RecipeError):
+    """The loss of one step is NaN or infinite."""
+
+    def __init__(self, *, epoch: int, step: int, learning_rate: float, loss: float, kept: str) -> None:
+        super().__init__(
+            f"the loss became {loss} in epoch {epoch}, step {step} (learning rate {learning_rate:g}); {kept}",
+            remedy=f"train more gently, e.g. --set train.learning_rate={learning_rate / 10:g}",
+        )
+        self.epoch = epoch
+        self.step = step
+        self.learning_rate = learning_rate
+
+
+class RunBusy(RecipeError):
+    """Two processes would write into one run folder."""
+
+
+class DataError(MarinaError):
+    """The data set is missing, empty, damaged, or not a classification data set; the message names the file or class."""
+
+    exit_code = 4
+
+
+class TargetError(MarinaError):
+    """A folder given to evaluate or export is neither a finished run nor an artifact."""
+
+    exit_code = 5
+
+
+class Interrupted(MarinaError):
+    """Stopped by Ctrl-C. What is done is on disk."""
+
+    exit_code = 130
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, remedy="run the same command again: it goes on from here")

@@ -1,0 +1,366 @@
+"""A trained network -> the files that archives are made of.
+
+`freeze` writes what a run found into the run folder; `publish` copies it to `artifacts/<name>/<version>/`. Publishing
+needs neither the data nor the network, and the same run always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from handlerlib import architectures, drift, imaging
+from handlerlib.spec import (
+    GOLDEN_FOLDER,
+    SPEC_FILE,
+    WEIGHTS_FILE,
+    Architecture,
+    Golden,
+    GoldenSample,
+    ModelSpec,
+    Preprocess,
+)
+from training import files
+from training.config import Recipe
+from training.data import Sample
+from training.errors import RecipeError, TargetError
+from training.evaluate import Evaluation, Prediction
+from training.train import Weights
+
+HANDLER = "image_classifier"
+METRICS_FILE = "metrics.json"
+PROVENANCE_FILE = "provenance.json"
+CARD_FILE = "MODEL_CARD.md"
+
+_MOST_GOLDEN = 16
+_UNPUBLISHED = "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where weights come from; no paths and no times, so that equal runs give equal bytes."""
+
+    recipe: dict[str, Any]
+    run: str
+    data_digest: str
+    git_revision: str
+    versions: dict[str, str]
+    splits: dict[str, int]
+
+    def to_json(self) -> str:
+        return to_json(dataclasses.asdict(self))
+
+
+# ------------------------------------------------------------------------------------------------ into the run folder
+
+
+def save_weights(weights: Weights, path: Path) -> None:
+    """State dict -> safetensors, each tensor contiguous and with its own memory, floats as float32."""
+    plain = {
+        key: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous().clone()
+        for key, value in weights.items()
+    }
+    files.write(path, lambda temporary: temporary.write_bytes(safetensors.torch.save(plain)))
+
+
+def load_network(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The network of a run or artifact folder, on the CPU, in eval mode. Raises TargetError when the weights do not fit."""
+    network = architectures.build(spec.architecture)
+    try:
+        network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
+    except Exception as error:
+        raise TargetError(
+            f"{folder / WEIGHTS_FILE} does not hold the weights of {SPEC_FILE}: {error}", remedy="train again"
+        ) from error
+    return network.eval()
+
+
+def draft_spec(recipe: Recipe, shape: Architecture, preprocess: Preprocess, labels: Sequence[str]) -> ModelSpec:
+    """The spec of a run that has not been judged yet: its one golden sample is a placeholder."""
+    placeholder = GoldenSample(file="", label=labels[0], probabilities=(0.0,) * len(labels))
+    return ModelSpec(
+        name=recipe.name,
+        version=_UNPUBLISHED,
+        handler=HANDLER,
+        architecture=shape,
+        preprocess=preprocess,
+        labels=tuple(labels),
+        limits=recipe.serve.limits,
+        golden=Golden(tolerance=recipe.serve.tolerance, samples=(placeholder,)),
+    )
+
+
+def freeze(
+    folder: Path, network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], evaluation: Evaluation
+) -> None:
+    """Write `golden/` and the complete `model_spec.json`, with the baseline that drift is measured against.
+
+    `network` is on the CPU, `samples` and `evaluation` are the test split's.
+    """
+    wanted = _choose_golden(spec.labels, evaluation.predictions)
+    chosen = {sample.name: sample for sample in samples if sample.name in wanted}
+    staged = [chosen[name] for name in wanted]
+    named = [(f"{GOLDEN_FOLDER}/{index}.{_extension(sample.data)}", sample) for index, sample in enumerate(staged)]
+
+    def fill(golden: Path) -> None:
+        for name, sample in named:
+            (golden / Path(name).name).write_bytes(sample.data)
+
+    files.publish(folder / GOLDEN_FOLDER, fill)
+    golden = tuple(GoldenSample(file=name, label=s.label, probabilities=_answer(network, spec, s)) for name, s in named)
+    numbers = {label: number for number, label in enumerate(spec.labels)}
+    answers = ((numbers[one.predicted], one.probability) for one in evaluation.predictions)
+    complete = dataclasses.replace(
+        spec,
+        golden=dataclasses.replace(spec.golden, samples=golden),
+        baseline=drift.measure(answers, len(spec.labels)),
+    )
+    files.write_text(folder / SPEC_FILE, complete.to_json())
+
+
+def provenance(recipe: Recipe, run: str, data_digest: str, splits: Mapping[str, int]) -> Provenance:
+    """Everything that led to these weights; the root of the data is left out, its digest is in."""
+    return Provenance(
+        recipe=recipe.identity() | {"version": recipe.version},
+        run=run,
+        data_digest=data_digest,
+        git_revision=git_revision(),
+        versions=versions(),
+        splits=dict(splits),
+    )
+
+
+def _choose_golden(labels: Sequence[str], predictions: Sequence[Prediction]) -> list[str]:
+    """Names of test images: one per class, at most 16 classes evenly picked; a right answer where there is one."""
+    step = max(1.0, len(labels) / _MOST_GOLDEN)
+    picked = [labels[int(number * step)] for number in range(min(len(labels), _MOST_GOLDEN))]
+    names: list[str] = []
+    for label in picked:
+        mine = [one for one in predictions if one.label == label]
+        right = [one for one in mine if one.predicted == label]
+        names += [one.name for one in (right or mine)[:1]]
+    return names
+
+
+@torch.no_grad()
+def _answer(network: nn.Module, spec: ModelSpec, sample: Sample) -> tuple[float, ...]:
+    logits_1K = network.eval()(imaging.batch([sample.data], spec.preprocess, spec.limits))
+    return tuple(float(value) for value in logits_1K.softmax(dim=1)[0])
+
+
+def _extension(data: bytes) -> str:
+    announced = imaging.sniff(data) or "bin"
+    return {"JPEG": "jpg", "TIFF": "tif"}.get(announced, announced.lower())
+
+
+# --------------------------------------------------------------------------------------------------- into artifacts/
+
+
+def choose_version(artifacts: Path, name: str, wanted: str, run: str) -> str:
+    """The version under which the run is published.
+
+    `auto` is the version that already holds this run, otherwise the next free 1.N. Raises RecipeError when the
+    wanted version holds another run: what may already be served is never replaced silently.
+    """
+    taken = {path.name: _run_of(path) for path in sorted((artifacts / name).glob("[0-9]*")) if path.is_dir()}
+    if wanted == "auto":
+        mine = [version for version, holder in taken.items() if holder == run]
+        minors = [
+            int(minor) for major, _, minor in (v.partition(".") for v in taken) if major == "1" and minor.isdigit()
+        ]
+        return mine[0] if mine else f"1.{max(minors, default=-1) + 1}"
+    if taken.get(wanted, run) != run:
+        raise RecipeError(
+            f"{artifacts / name / wanted} already holds the run {taken[wanted]}",
+            remedy="give another version, leave version out for the next free one, or remove that folder",
+        )
+    return wanted
+
+
+def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
+    """Copy a finished run to `artifacts/<name>/<version>/`, atomically. Raises TargetError when the run lacks a file."""
+    draft = ModelSpec.load(run_folder)
+    spec = dataclasses.replace(draft, version=choose_version(artifacts, draft.name, version, run_folder.name))
+    try:
+        metrics = json.loads((run_folder / METRICS_FILE).read_text(encoding="utf-8"))
+        came_from = Provenance(**json.loads((run_folder / PROVENANCE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TargetError(
+            f"{run_folder} is not a finished run: {error}", remedy="train it with the same recipe"
+        ) from error
+    flat = {key: value for key, value in metrics.items() if isinstance(value, float)}
+    target = artifacts / spec.name / spec.version
+
+    def fill(folder: Path) -> None:
+        shutil.copyfile(run_folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        (folder / GOLDEN_FOLDER).mkdir()
+        for sample in spec.golden.samples:
+            shutil.copyfile(run_folder / sample.file, folder / sample.file)
+        texts = {
+            SPEC_FILE: spec.to_json(),
+            METRICS_FILE: to_json(flat),
+            PROVENANCE_FILE: came_from.to_json(),
+            CARD_FILE: _card(spec, metrics, came_from),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+    try:
+        files.publish(target, fill)
+    except FileNotFoundError as error:
+        raise TargetError(f"{run_folder} lacks {error.filename}", remedy="train again, with --again") from error
+    return target
+
+
+def to_json(value: object) -> str:
+    """Canonical text: sorted keys, two-space indent, one trailing newline."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _run_of(artifact: Path) -> str | None:
+    try:
+        return str(json.loads((artifact / PROVENANCE_FILE).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------- model card
+
+
+def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) -> str:
+    shape, recipe, sizes = spec.preprocess, came_from.recipe, came_from.splits
+    colours = "grey" if shape.channels == 1 else "RGB"
+    count = sum(sizes.values())
+    lines = [
+        f"# {spec.name} {spec.version}",
+        "",
+        f"Assigns an image to one of {len(spec.labels)} classes. Architecture: {spec.architecture.name},"
+        f" input {colours} {shape.width}x{shape.height}.",
+        "",
+        "## Data",
+        "",
+        f"Source `{recipe['data']['source']}`, {count} images: {sizes['train']} trained on, {sizes['validation']} used"
+        f" to choose epoch {metrics['best_epoch']:.0f}, {sizes['test']} held out for the figures below. No image is on two"
+        " sides, copies included.",
+        "",
+        "## Figures on the test split",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        f"| accuracy | {metrics['test_accuracy']:.4f} |",
+        f"| macro precision | {metrics['test_macro_precision']:.4f} |",
+        f"| macro recall | {metrics['test_macro_recall']:.4f} |",
+        f"| macro F1 | {metrics['test_macro_f1']:.4f} |",
+        f"| loss (nats) | {metrics['test_loss']:.4f} |",
+        "",
+        "| class | precision | recall | F1 | images |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['images']} |"
+            for row in metrics["per_class"]
+        ),
+        "",
+        *_confusions(spec.labels, metrics["confusion_matrix"]),
+        "## What it takes",
+        "",
+        f"{', '.join(imaging.FORMATS)}; at most {spec.limits.max_bytes} bytes and {spec.limits.max_pixels} pixels"
+        f" per image, {spec.limits.max_instances} images per JSON request. Images become {colours}, are"
+        f" {_resizing(shape)} to {shape.width}x{shape.height} and normalised with mean {_numbers(shape.mean)} and"
+        f" deviation {_numbers(shape.std)}.",
+        "",
+        "```",
+        f"curl -X POST -T image.jpg http://127.0.0.1:8080/predictions/{spec.name}",
+        "```",
+        "",
+        "## Limits",
+        "",
+        "It knows only its classes: an image of anything else gets one of these labels too. The figures hold for images"
+        " like those of the test split; near-copies that differ in a pixel count as different images.",
+        "",
+        "## Origin",
+        "",
+        f"Run `{came_from.run}`, seed {recipe['seed']}, data `{came_from.data_digest[:16]}`, code"
+        f" `{came_from.git_revision}`, torch {came_from.versions['torch']}. All of it is in `{PROVENANCE_FILE}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _confusions(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[str]:
+    """The five most frequent mistakes, as a paragraph."""
+    mistakes = sorted(
+        (
+            (-count, row, column)
+            for row, line in enumerate(matrix)
+            for column, count in enumerate(line)
+            if row != column
+        ),
+    )
+    worst = [f"{labels[row]} taken for {labels[column]} ({-count})" for count, row, column in mistakes[:5] if count]
+    return [f"Most frequent mistakes: {', '.join(worst)}.", ""] if worst else []
+
+
+def _resizing(shape: Preprocess) -> str:
+    return "stretched" if shape.resize == "stretch" else "resized and cropped at the centre"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# ---------------------------------------------------------------------------------------------------- what code this is
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over the code that decides weights and figures: this package and handlerlib."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(imaging.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    try:
+        marina = importlib.metadata.version("marina")
+    except importlib.metadata.PackageNotFoundError:
+        marina = "unknown"
+    return {
+        "marina": marina,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def git_revision() -> str:
+    """Commit of this code, `+dirty` when tracked files differ from it; `unknown` outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(Path(__file__).parent), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--verify", "HEAD")
+        return revision + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

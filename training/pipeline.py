@@ -1,0 +1,281 @@
+"""The commands: `train`, `evaluate`, `export` and `test_samples`, each from recipe or folder to result.
+
+A run folder, `runs/<name>-<8 hex digits>/`, is named after everything that decides its result, so the same command
+finds its own work again: finished, it is reused; interrupted, it goes on.
+
+    recipe.json        the resolved recipe           history.jsonl         one line per epoch
+    data_report.json   splits and what was left out  curves.png, confusion_matrix.png
+    checkpoint.pt      position, while training      metrics.json          figures, per class, confusion matrix
+    weights.safetensors, model_spec.json, golden/, provenance.json         what `artifacts/` gets a copy of
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handlerlib.errors import SpecError
+from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from training import data, files, plots
+from training import export as exporting
+from training.config import Recipe, parse
+from training.data import Dataset, Sample, Survey
+from training.errors import DataError, Interrupted, RunBusy, TargetError
+from training.evaluate import Evaluation
+from training.evaluate import evaluate as judge
+from training.export import METRICS_FILE, PROVENANCE_FILE
+from training.progress import Report, Step, silent
+from training.train import (
+    CHECKPOINT,
+    Fitted,
+    architecture,
+    choose_device,
+    choose_threads,
+    fit,
+    reproducible,
+)
+
+__all__ = ["Evaluation", "Sample", "Step", "Trained", "evaluate", "export", "test_samples", "train"]
+
+RECIPE_FILE = "recipe.json"
+DATA_REPORT_FILE = "data_report.json"
+_PIXELS_FILE = "pixels.bin"
+_LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run and the artifact made of it."""
+
+    run: Path
+    artifact: Path
+    metrics: dict[str, float]
+    """Flat: test_*, validation_* of the best epoch, best_epoch, epochs, and data_* counts."""
+    reused: bool
+    """True when nothing had to be trained."""
+
+
+def train(recipe: Recipe, *, runs: Path, artifacts: Path, report: Report, again: bool = False) -> Trained:
+    """Train, judge on the test split and export; or reuse or resume the same run from before.
+
+    `again` forgets an earlier run. Raises RecipeError, DataError, NumericFailure, or Interrupted on Ctrl-C.
+    """
+    threads = choose_threads(recipe.train)
+    try:
+        with reproducible(threads):
+            surveyed = data.survey(recipe, threads=threads, report=report)
+            run = runs / run_id(recipe, surveyed, threads)
+            # Asked before any work: a version that is taken must not cost a training.
+            exporting.choose_version(artifacts, recipe.name, recipe.version, run.name)
+            run.mkdir(parents=True, exist_ok=True)
+            with _only_one(run):
+                if again:
+                    _empty(run)
+                reused = (run / PROVENANCE_FILE).exists()
+                files.write_text(run / RECIPE_FILE, exporting.to_json(recipe.model_dump(mode="json")))
+                if not reused:
+                    _run(recipe, surveyed, run, threads, report)
+                artifact = exporting.publish(run, artifacts, recipe.version)
+                return Trained(run, artifact, _flat(_read_json(run / METRICS_FILE)), reused)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what was saved is kept") from None
+
+
+def evaluate(target: Path, *, report: Report = silent, root: str | Path | None = None) -> Evaluation:
+    """Judge a finished run or an artifact on its own test split, rebuilt from the recorded recipe.
+
+    `root` says where the data lies now, when not where it was. Raises TargetError for another kind of folder and
+    DataError when the data is not what the model was trained on.
+    """
+    spec = _load_spec(target)
+    dataset, recipe = _rebuild(target, root, report)
+    threads = choose_threads(recipe.train)
+    try:
+        with reproducible(threads):
+            network = exporting.load_network(target, spec).to(choose_device(recipe.train))
+            samples = dataset.samples("test")
+            return judge(network, spec, samples, total=len(dataset.rows["test"]), threads=threads, report=report)
+    except KeyboardInterrupt:
+        raise Interrupted("evaluation stopped") from None
+
+
+def export(run: Path, *, artifacts: Path, version: str | None = None) -> Path:
+    """Publish a finished run (again), by default under the version its recipe asks for."""
+    if not (run / PROVENANCE_FILE).exists() or not (run / RECIPE_FILE).exists():
+        raise TargetError(f"{run} is not a finished run", remedy="train it first; runs lie in runs/")
+    recipe = parse(_read_json(run / RECIPE_FILE), where=f"{run / RECIPE_FILE}")
+    return exporting.publish(run, artifacts, version or recipe.version)
+
+
+def test_samples(target: Path, *, root: str | Path | None = None) -> Iterator[Sample]:
+    """The test split of a finished run or artifact, as encoded images in evaluation's order. Raises as `evaluate`."""
+    dataset, _ = _rebuild(target, root, silent)
+    return dataset.samples("test")
+
+
+def run_id(recipe: Recipe, surveyed: Survey, threads: int) -> str:
+    """`<name>-<8 hex digits>` of all that decides the result."""
+    identity = {
+        "recipe": recipe.identity(),
+        "data": surveyed.digest,
+        "code": exporting.code_digest(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": choose_device(recipe.train).type,
+        "threads": threads,
+    }
+    return f"{recipe.name}-{hashlib.sha256(exporting.to_json(identity).encode()).hexdigest()[:8]}"
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+def _run(recipe: Recipe, surveyed: Survey, run: Path, threads: int, report: Report) -> None:
+    """Everything between an empty (or interrupted) run folder and a finished one."""
+    store = run / _PIXELS_FILE
+    try:
+        dataset = data.prepare(surveyed, recipe, threads=threads, report=report, store=store)
+        for line in dataset.notes.lines():
+            report(Step("decode", 0, 0, line))
+        files.write_text(run / DATA_REPORT_FILE, exporting.to_json(_data_report(dataset, surveyed)))
+        fitted = fit(dataset, recipe, run, report=report)
+    finally:
+        store.unlink(missing_ok=True)
+    _finish(recipe, dataset, surveyed, fitted, run, threads, report)
+
+
+def _finish(
+    recipe: Recipe, dataset: Dataset, surveyed: Survey, fitted: Fitted, run: Path, threads: int, report: Report
+) -> None:
+    """Judge the best epoch and write what the artifact is made of; `provenance.json` comes last and means done."""
+    spec = exporting.draft_spec(recipe, architecture(dataset, recipe), dataset.preprocess, dataset.classes)
+    exporting.save_weights(fitted.weights, run / WEIGHTS_FILE)
+    network = exporting.load_network(run, spec).to(choose_device(recipe.train))
+    total = len(dataset.rows["test"])
+    judged = judge(network, spec, dataset.samples("test"), total=total, threads=threads, report=report)
+    report(Step("export", 0, 1, ""))
+    exporting.freeze(run, network.cpu(), spec, dataset.samples("test"), judged)
+    title = f"{recipe.name} ({recipe.model.architecture})"
+    plots.curves(fitted.history, fitted.best_epoch, run / "curves.png", title=title)
+    accuracy = f"{title}: {judged.metrics['test_accuracy']:.2%} of {total} test images"
+    plots.confusion(judged, run / "confusion_matrix.png", title=accuracy)
+    files.write_text(run / METRICS_FILE, exporting.to_json(_metrics(judged, fitted, dataset)))
+    origin = exporting.provenance(recipe, run.name, surveyed.digest, dataset.sizes())
+    files.write_text(run / PROVENANCE_FILE, origin.to_json())
+    (run / CHECKPOINT).unlink(missing_ok=True)
+    report(Step("export", 1, 1, ""))
+
+
+def _metrics(judged: Evaluation, fitted: Fitted, dataset: Dataset) -> dict[str, Any]:
+    best = fitted.history[fitted.best_epoch - 1]
+    return {
+        **judged.metrics,
+        **{key: value for key, value in best.items() if key.startswith("validation_")},
+        **dataset.notes.counts(),
+        "best_epoch": float(fitted.best_epoch),
+        "epochs": float(len(fitted.history)),
+        "per_class": [dataclasses.asdict(row) for row in judged.per_class],
+        "confusion_matrix": judged.confusion,
+        "labels": judged.labels,
+    }
+
+
+def _data_report(dataset: Dataset, surveyed: Survey) -> dict[str, Any]:
+    labels = [one.entry.label for one in dataset.images]
+    classes = {
+        label: {split: sum(labels[row] == label for row in dataset.rows[split]) for split in data.SPLITS}
+        for label in dataset.classes
+    }
+    return {
+        "data_digest": surveyed.digest,
+        "splits": dataset.sizes(),
+        "classes": classes,
+        **dataclasses.asdict(dataset.notes),
+    }
+
+
+def _flat(metrics: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, float)}
+
+
+# -------------------------------------------------------------------------------------------------- folders of results
+
+
+def _load_spec(target: Path) -> ModelSpec:
+    if not (target / PROVENANCE_FILE).exists() or not (target / SPEC_FILE).exists():
+        raise TargetError(
+            f"{target} is neither a finished run nor an artifact",
+            remedy="give a folder such as runs/digits-3f2a9c1b or artifacts/digits/1.0",
+        )
+    try:
+        return ModelSpec.load(target)
+    except SpecError as error:
+        raise TargetError(f"{target}: {error}", remedy="train or export again") from error
+
+
+def _rebuild(target: Path, root: str | Path | None, report: Report) -> tuple[Dataset, Recipe]:
+    """The splits that the target was trained on, without pixels."""
+    _load_spec(target)
+    origin = _read_json(target / PROVENANCE_FILE)
+    recipe = _recorded_recipe(target, origin, root)
+    threads = choose_threads(recipe.train)
+    with reproducible(threads):
+        surveyed = data.survey(recipe, threads=threads, report=report)
+        if surveyed.digest != origin.get("data_digest"):
+            raise DataError(
+                f"the images in {recipe.data.root or recipe.data.source} are not those that {target} was trained on:"
+                f" their digest is {surveyed.digest[:16]}, recorded is {str(origin.get('data_digest'))[:16]}",
+                remedy="restore the data, point to the right folder, or train again",
+            )
+        return data.prepare(surveyed, recipe, threads=threads, report=report, keep=False), recipe
+
+
+def _recorded_recipe(target: Path, origin: dict[str, Any], root: str | Path | None) -> Recipe:
+    """The recipe of a run or artifact, with the place of the data as given, or as the run beside it knows it."""
+    values: dict[str, Any] = dict(origin["recipe"])
+    if root is None:
+        beside = target.resolve().parents[2] / "runs" / str(origin["run"]) / RECIPE_FILE
+        for path in (target / RECIPE_FILE, beside):
+            if path.exists():
+                root = _read_json(path)["data"]["root"]
+                break
+    values["data"] = dict(values["data"]) | {"root": None if root is None else str(root)}
+    return parse(values, where=f"{target / PROVENANCE_FILE}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TargetError(f"{path} cannot be read: {error}", remedy="train again, with --again") from error
+    return value
+
+
+@contextlib.contextmanager
+def _only_one(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the lock goes with the process, however it ends."""
+    with (run / _LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunBusy(f"another process is training {run}", remedy="wait for it, or stop it") from error
+        yield
+
+
+def _empty(run: Path) -> None:
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK_FILE:
+            path.unlink()
