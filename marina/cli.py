@@ -16,15 +16,15 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from handlerlib.errors import MarinaError
-from marina import archive, store
+from marina import archive, compose_cli, rollout_cli, serving, store
 from marina import verify as verification
-from marina.client import Answer, InferenceClient, ManagementClient, ModelStatus
+from marina.client import Answer, InferenceClient
 from marina.errors import ArchiveError, ClientError
 from marina.golden import prove
 from marina.home import Home, find_home
 from marina.progress import ProgressReporter
 from marina.screen import Screen
-from marina.server import Server
+from marina.server import ServedModel, Server
 from marina.settings import ServeSettings
 
 app = typer.Typer(
@@ -44,11 +44,14 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the recipe; repeatable.")
 ]
 InferenceUrl = Annotated[str, typer.Option("--url", envvar="MARINA_URL", help="Inference address.")]
-ManagementUrl = Annotated[str, typer.Option("--url", envvar="MARINA_MANAGEMENT_URL", help="Management address.")]
 
 
 OTHER_VARIABLES = ("MARINA_HOME", "MARINA_URL", "MARINA_MANAGEMENT_URL")
 """MARINA_* variables that are not settings of `serve`."""
+
+
+for more in (compose_cli, rollout_cli):
+    more.register(app)
 
 
 @app.callback()
@@ -224,8 +227,9 @@ def serve(
         "log_requests": log_requests,
     }
     settings = ServeSettings.load(options, os.environ, other_variables=OTHER_VARIABLES)
-    models = store.to_serve(store.select(model_store or home.store, names or []))
-    server = Server(models, settings, prove=prove)
+    folder = model_store or home.store
+    models = store.to_serve(store.select(folder, names)) if names else _all_models(screen, folder)
+    server = Server(models, settings, prove=prove, expected=serving.Following(folder, models))
 
     def announce(line: str) -> None:
         screen.result({"ready": server.inference_url, "models": [f"{model.name}:{model.version}" for model in models]})
@@ -256,47 +260,6 @@ def predict(
             remedy=failed[0]["remedy"] or "see the error of each image",
         )
         _end_with(screen, error)
-
-
-@app.command()
-def status(url: ManagementUrl = "http://127.0.0.1:8081", as_json: Json = False) -> None:
-    """Which models and versions are served, with their workers and queues."""
-    screen = Screen(as_json)
-    with ManagementClient(url) as client:
-        models = client.status()
-    screen.result({"models": [_model_fields(model) for model in models]})
-    screen.table(
-        ("model", "version", "default", "ready", "workers", "queued", "batch", "memory MB"),
-        [
-            (
-                model.name,
-                model.version,
-                "yes" if model.default else "",
-                model.ready_workers,
-                len(model.workers),
-                model.pending,
-                model.batch_size,
-                round(sum(worker.memory_bytes for worker in model.workers) / 1e6),
-            )
-            for model in models
-        ],
-    )
-
-
-@app.command()
-def scale(
-    name: Annotated[str, typer.Argument(help="Model name.")],
-    workers: Annotated[int, typer.Argument(min=1, help="Number of workers.")],
-    url: ManagementUrl = "http://127.0.0.1:8081",
-    version: Annotated[str | None, typer.Option("--version", help="Model version (its default one otherwise).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Set the number of a model's workers and wait until they are ready."""
-    screen = Screen(as_json)
-    with ManagementClient(url) as client:
-        model = client.scale(name, workers, version=version)
-    screen.result(_model_fields(model))
-    screen.say(f"{model.name} {model.version}: {model.ready_workers} of {workers} workers ready")
 
 
 @app.command()
@@ -386,6 +349,22 @@ def _show_archive(screen: Screen, found: dict[str, Any]) -> None:
     screen.say(found["config"])
 
 
+def _all_models(screen: Screen, folder: Path) -> list[ServedModel]:
+    """What rollouts left to be served, and the newest version of every other name."""
+    known = serving.at_start(folder) or []
+    newest = store.to_serve(store.select(folder, []))
+    deployed = {model.name: model.version for model in known if model.default}
+    for model in newest:
+        if store.version_key(model.version) > store.version_key(deployed.get(model.name, model.version)):
+            screen.err.print(
+                f"note: {model.name} {deployed[model.name]} was deployed and is served; "
+                f"{model.version} is newer: marina deploy {model.name}",
+                markup=False,
+                highlight=False,
+            )
+    return [*known, *(model for model in newest if model.name not in deployed)]
+
+
 def _predict_one(
     client: InferenceClient, name: str, path: Path, version: str | None, top_k: int | None
 ) -> dict[str, Any]:
@@ -411,10 +390,6 @@ def _prediction_rows(results: list[dict[str, Any]]) -> list[tuple[object, ...]]:
         for rank, label in enumerate(result.get("labels", ())):
             rows.append((result["image"] if rank == 0 else "", label["label"], f"{label['probability']:.4f}"))
     return rows
-
-
-def _model_fields(model: ModelStatus) -> dict[str, Any]:
-    return dataclasses.asdict(model) | {"ready_workers": model.ready_workers}
 
 
 def _archive_fields(packed: archive.Archive) -> dict[str, Any]:

@@ -103,14 +103,19 @@ class ServerLog:
 
     def failure(self) -> LoadFailure | None:
         """The first worker that said or showed that it cannot load, once its words are complete."""
+        return next(iter(self.failures()), None)
+
+    def failures(self) -> list[LoadFailure]:
+        """Every worker of which that is so."""
         now = time.monotonic()
+        found = []
         with self._lock:
             for label, words in self._workers.items():
                 if words.said is not None:
-                    return LoadFailure(label=label, cause=words.said)
-                if words.died and now - words.last_line > _QUIET_SECONDS:
-                    return LoadFailure(label=label, cause=_cause(words))
-        return None
+                    found.append(LoadFailure(label=label, cause=words.said))
+                elif words.died and now - words.last_line > _QUIET_SECONDS:
+                    found.append(LoadFailure(label=label, cause=_cause(words)))
+        return found
 
     def forget_failures(self) -> None:
         """From here on only new words count."""

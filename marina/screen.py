@@ -14,7 +14,6 @@ from rich.text import Text
 
 from handlerlib.errors import MarinaError
 
-
 LOG_LINES = 15
 
 

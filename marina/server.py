@@ -120,10 +120,13 @@ class Server:
         settings: ServeSettings | None = None,
         *,
         prove: Prove | None = None,
+        expected: Callable[[], Sequence[ServedModel]] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`expected` says what must be ready at any later moment, when rollouts change it; else always `models`."""
         self.settings = settings or ServeSettings()
         self.models = tuple(models)
+        self.expected = expected or (lambda: self.models)
         self.folder: Path | None = None
         """The private temp folder while running."""
         self.seconds_to_ready: float = 0.0
@@ -137,7 +140,7 @@ class Server:
         self._management = ManagementClient(
             self.settings.url("management"), timeout=Timeout(connect=1.0, read=5.0), retries=NO_RETRIES
         )
-        self._watch = Watch(self._management, self.models)
+        self._watch = Watch(self._management, self.expected)
         self._port: Port | None = None
         self._proved = False
         self._draining = False
@@ -160,7 +163,7 @@ class Server:
 
     @property
     def supervisor_url(self) -> str:
-        """Base address of /livez, /readyz, /metrics and /drain."""
+        """Base address of /livez, /readyz, /metrics, /failures and /drain."""
         return self.settings.url("supervisor")
 
     @property
@@ -571,7 +574,10 @@ class _Supervised:
         return self._server._watch.state
 
     def models(self) -> Sequence[ServedModel]:
-        return self._server.models
+        return self._server.expected()
+
+    def failures(self) -> dict[str, str]:
+        return {failure.label: failure.cause for failure in self._server._log.failures()}
 
     def request_drain(self) -> None:
         self._server.request_drain()

@@ -84,9 +84,10 @@ class State:
 class Watch:
     """Looks at the expected versions through the management interface."""
 
-    def __init__(self, management: ManagementClient, expected: Sequence[Expected]) -> None:
+    def __init__(self, management: ManagementClient, expected: Callable[[], Sequence[Expected]]) -> None:
+        """`expected` is asked at every look: a rollout changes what must be served."""
         self._management = management
-        self._expected = tuple(expected)
+        self._expected = expected
         self._pids: dict[tuple[str, str, str], int] = {}
         self._restarts: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
@@ -103,7 +104,7 @@ class Watch:
         """See for yourself, now."""
         with self._lock:
             try:
-                versions = tuple(self._look_at(item) for item in self._expected)
+                versions = tuple(self._look_at(item) for item in self._expected())
                 self._state = State(versions=versions, seen_at=time.monotonic(), unanswered="")
             except ClientError as error:
                 previous = self._state
@@ -181,6 +182,7 @@ class Supervised(Protocol):
     def in_flight(self) -> int | None: ...
     def state(self) -> State: ...
     def models(self) -> Sequence[Expected]: ...
+    def failures(self) -> Mapping[str, str]: ...
     def request_drain(self) -> None: ...
 
 
@@ -229,7 +231,7 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 
 class Port:
-    """`GET /livez`, `/readyz`, `/metrics` and, from this machine only, `POST /drain`."""
+    """`GET /livez`, `/readyz`, `/metrics` and, from this machine only, `GET /failures` and `POST /drain`."""
 
     def __init__(self, host: str, port: int, supervised: Supervised) -> None:
         """Listens at once; OSError when it cannot."""
@@ -273,6 +275,9 @@ def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tupl
     def metrics() -> _Reply:
         return _Reply(200, CONTENT_TYPE_LATEST, generate_latest(registry))
 
+    def failures() -> _Reply:
+        return _json(200, supervised.failures())
+
     def drain() -> _Reply:
         supervised.request_drain()
         return _json(202, {"draining": True})
@@ -281,6 +286,7 @@ def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tupl
         ("GET", "/livez"): livez,
         ("GET", "/readyz"): readyz,
         ("GET", "/metrics"): metrics,
+        ("GET", "/failures"): failures,
         ("POST", "/drain"): drain,
     }
 
@@ -300,15 +306,15 @@ class _Handler(BaseHTTPRequestHandler):
     routes: Mapping[tuple[str, str], Callable[[], _Reply]]
 
     def do_GET(self) -> None:
-        self._answer("GET")
+        self._answer("GET", private=self.path.startswith("/failures"))
 
     def do_POST(self) -> None:
-        if ipaddress.ip_address(self.client_address[0]).is_loopback:
-            self._answer("POST")
-        else:
-            self._send(_json(403, {"error": "only from this machine"}))
+        self._answer("POST", private=True)
 
-    def _answer(self, method: str) -> None:
+    def _answer(self, method: str, *, private: bool) -> None:
+        if private and not ipaddress.ip_address(self.client_address[0]).is_loopback:
+            self._send(_json(403, {"error": "only from this machine"}))
+            return
         route = self.routes.get((method, self.path.partition("?")[0]))
         self._send(route() if route is not None else _json(404, {"error": "no such route"}))
 

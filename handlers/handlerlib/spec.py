@@ -128,6 +128,27 @@ class Golden:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Baseline:
+    """What the network answered for the test split, in counts of images; live answers are compared with it."""
+
+    confidence_edges: tuple[float, ...]
+    """Inner edges of the bins of `confidence`, ascending, in (0, 1); a value on an edge belongs to the bin above it."""
+    confidence: tuple[int, ...]
+    """Per bin of the first label's probability."""
+    classes: tuple[int, ...]
+    """Per output index, how often it was the first label."""
+
+    def __post_init__(self) -> None:
+        edges, where = self.confidence_edges, "baseline.confidence_edges"
+        ascending = all(low < high for low, high in zip((0.0, *edges), (*edges, 1.0), strict=True))
+        _require(ascending, where, "ascending within (0, 1)", edges)
+        _require(len(self.confidence) == len(edges) + 1, "baseline.confidence", "one count per bin", self.confidence)
+        counts = (*self.confidence, *self.classes)
+        _require(all(count >= 0 for count in counts), "baseline", "counts of at least 0", counts)
+        _require(sum(self.confidence) == sum(self.classes), "baseline", "two counts of the same images", counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """One servable model version. Written by `training.export`, read by everything after it."""
 
@@ -144,11 +165,15 @@ class ModelSpec:
     """Label of each output index."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     golden: Golden
+    baseline: Baseline | None = None
+    """Null: drift cannot be measured."""
 
     def __post_init__(self) -> None:
         _require(self.schema == SCHEMA_VERSION, "schema", f"{SCHEMA_VERSION} (the one this code reads)", self.schema)
         _require(len(self.labels) == self.architecture.classes, "labels", "one per class", len(self.labels))
         _require(len(set(self.labels)) == len(self.labels), "labels", "distinct", self.labels)
+        if self.baseline is not None:
+            _require(len(self.baseline.classes) == len(self.labels), "baseline.classes", "one per label", self.baseline)
         for sample in self.golden.samples:
             where = f"golden sample {sample.file}"
             _require(len(sample.probabilities) == len(self.labels), where, "one probability per label", sample)

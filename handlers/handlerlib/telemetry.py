@@ -1,31 +1,61 @@
-"""Timings and sizes of a batch into TorchServe's metrics, as histograms in seconds.
+"""What a worker tells about itself: figures for Prometheus, a line per answer of 500 or more, the cause of a failed load.
 
-TorchServe's own histograms use the Prometheus client's default buckets (0.005 to 10) for milliseconds, so everything
-falls into the last one; in seconds the same buckets fit.
+The only way out of a worker is its stdout, where java matches a regular expression against every line. So figures are
+added up here and sent at most once a second, whatever the load. They are sent as counters, histograms too (`_bucket`,
+`_sum` and `_count`): TorchServe's own histograms have fixed buckets, 0.005 to 10, too coarse for a network that takes
+2 ms. Names and labels must be those of marina/torchserve/metrics.yaml, or java drops them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from handlerlib.drift import Bins
+from handlerlib.errors import RequestError
+from handlerlib.spec import Baseline, ModelSpec
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("decode", "preprocess", "inference", "postprocess")
 LOAD_FAILED = "MARINA_LOAD_FAILED"
 """Starts the one line by which a worker tells the supervisor why it cannot serve."""
+ARRIVAL_HEADER = "x-request-start"
+"""`t=` and Unix time in microseconds, set by the gateway when a request arrives there."""
+REPORT_SECONDS = 1.0
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+HISTOGRAMS: Mapping[str, Sequence[float]] = {
+    **{f"marina_{stage}_seconds": SECONDS for stage in (*STAGES, "handle", "queue", "request")},
+    "marina_batch_size": (1, 2, 4, 8, 16, 32, 64, 128),
+}
+"""Upper edges of the buckets. Per batch: the stages, `handle` (all of them) and the batch size; per request: `queue`
+(from the gateway to the worker, where a gateway says when) and `request` (from the gateway to the answer)."""
+
+_ARRIVAL = re.compile(r"t=(\d{16})")
+_TRACE_ID = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_LONGEST_WAIT = 3600.0
+
+Labels = tuple[str, ...]
+"""Values, in the order of metrics.yaml."""
 
 
 class Stopwatch:
-    """Seconds spent in each stage of one batch."""
+    """Seconds spent in each stage of one batch, and since it began."""
 
     def __init__(self) -> None:
+        self.began = time.time()
         self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._began = time.perf_counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -36,22 +66,200 @@ class Stopwatch:
         finally:
             self.seconds[name] += time.perf_counter() - started
 
+    def elapsed(self) -> float:
+        """Seconds since the batch began."""
+        return time.perf_counter() - self._began
 
-def publish(metrics: Any, stopwatch: Stopwatch, batch_size: int) -> None:
-    """Send one batch's figures to TorchServe's metrics cache. A metric that fails never hurts an answer."""
-    if metrics is None:
-        return
-    try:
+
+class _Histogram:
+    def __init__(self, edges: Sequence[float]) -> None:
+        self._edges = edges
+        self._counts = [0] * (len(edges) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._edges, value)] += 1
+        self._sum += value
+
+    def take(self, name: str) -> Iterator[tuple[str, Labels, float]]:
+        """Increases of its counters, each bucket with all smaller ones in it; then it counts from nothing."""
+        so_far = 0
+        for edge, count in zip((*(f"{edge:g}" for edge in self._edges), "+Inf"), self._counts, strict=True):
+            so_far += count
+            if so_far:
+                yield f"{name}_bucket", (edge,), so_far
+        if so_far:
+            yield f"{name}_count", (), so_far
+            yield f"{name}_sum", (), self._sum
+        self._counts, self._sum = [0] * len(self._counts), 0.0
+
+
+class Figures:
+    """What has been counted and not been sent yet. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, Labels]] = Counter()
+        self._histograms = {name: _Histogram(edges) for name, edges in HISTOGRAMS.items()}
+
+    def add(self, name: str, *labels: str) -> None:
+        """Count one."""
+        self._counts[name, labels] += 1
+
+    def observe(self, name: str, value: float) -> None:
+        """Put a value into a histogram of `HISTOGRAMS`."""
+        self._histograms[name].observe(value)
+
+    def take(self) -> list[tuple[str, Labels, float]]:
+        """(counter, labels, increase) of all that changed; from here on it counts from nothing."""
+        taken: list[tuple[str, Labels, float]] = [(name, labels, n) for (name, labels), n in self._counts.items()]
+        self._counts.clear()
+        for name, histogram in self._histograms.items():
+            taken += histogram.take(name)
+        return taken
+
+
+class Reporter:
+    """Adds up the figures of one worker's batches and sends them in a thread of its own.
+
+    Whatever goes wrong here is logged and never hurts an answer.
+    """
+
+    def __init__(self, spec: ModelSpec, metrics: Any) -> None:
+        """`metrics` is TorchServe's metrics cache; with None nothing is sent."""
+        self._own = (spec.name, spec.version)
+        self._metrics = metrics
+        self._bins = Bins.of(spec.labels, spec.baseline)
+        self._figures = Figures()
+        self._lock = threading.Lock()
+        self._something = threading.Event()
+        if metrics is None:
+            return
+        try:
+            self._announce(spec.baseline)
+        except Exception as error:  # noqa: BLE001 - a server with another metrics.yaml must be able to serve us
+            logger.warning("no figures are sent, this server's metrics.yaml lacks ours: %s", error)
+            self._metrics = None
+            return
+        threading.Thread(target=self._report, name="telemetry", daemon=True).start()
+
+    def record(
+        self,
+        stopwatch: Stopwatch,
+        *,
+        arrivals: Sequence[float | None],
+        outcomes: Sequence[str],
+        rows: Sequence[Sequence[float]],
+    ) -> None:
+        """One batch: `arrival` and `outcome` of each request, and the probabilities of each input that has an answer."""
+        if self._metrics is None:
+            return
+        try:
+            with self._lock:
+                self._count(stopwatch, arrivals, outcomes, rows)
+            self._something.set()
+        except Exception:
+            logger.exception("figures of a batch were lost")
+
+    def flush(self) -> None:
+        """Send now what has been counted."""
+        with self._lock:
+            taken = self._figures.take()
+        for name, labels, increase in taken:
+            self._send(name, labels, increase)
+
+    def _count(
+        self,
+        stopwatch: Stopwatch,
+        arrivals: Sequence[float | None],
+        outcomes: Sequence[str],
+        rows: Sequence[Sequence[float]],
+    ) -> None:
+        figures, total = self._figures, stopwatch.elapsed()
+        for stage, seconds in stopwatch.seconds.items():
+            figures.observe(f"marina_{stage}_seconds", seconds)
+        figures.observe("marina_handle_seconds", total)
+        figures.observe("marina_batch_size", len(rows))
+        for arrived, result in zip(arrivals, outcomes, strict=True):
+            waited = 0.0
+            if arrived is not None:
+                waited = max(0.0, stopwatch.began - arrived)  # two machines' clocks may differ a little
+                figures.observe("marina_queue_seconds", waited)
+            figures.observe("marina_request_seconds", waited + total)
+            figures.add("marina_requests_total", result)
+        for row in rows:
+            confidence, predicted = self._bins.of_answer(row)
+            figures.add("marina_answers_total", "confidence", confidence)
+            figures.add("marina_answers_total", "class", predicted)
+
+    def _announce(self, baseline: Baseline | None) -> None:
+        """Counters appear with 0, so that their first increase is seen; the baseline stands still."""
+        for result in OUTCOMES:
+            self._send("marina_requests_total", (result,), 0)
+        for distribution, names in self._bins.names().items():
+            for name in names:
+                self._send("marina_answers_total", (distribution, name), 0)
+        for histogram, edges in HISTOGRAMS.items():
+            for edge in (*(f"{edge:g}" for edge in edges), "+Inf"):
+                self._send(f"{histogram}_bucket", (edge,), 0)
+        if baseline is not None:
+            for (distribution, name), count in self._bins.expected(baseline).items():
+                self._send("marina_baseline_answers", (distribution, name), count, kind="gauge")
+
+    def _send(self, name: str, labels: Labels, amount: float, *, kind: str = "counter") -> None:
         # Only where TorchServe itself handed us its metrics cache is there a `ts` to import from.
         from ts.metrics.metric_type_enum import MetricTypes
 
-        figures = {f"marina_{stage}_seconds": (value, "s") for stage, value in stopwatch.seconds.items()}
-        figures["marina_batch_size"] = (float(batch_size), "count")
-        for name, (value, unit) in figures.items():
-            # idx=0: otherwise the ids of the whole batch are written into every line.
-            metrics.add_metric(name, round(value, 6), unit, idx=0, dimensions=[], metric_type=MetricTypes.HISTOGRAM)
-    except Exception:
-        logger.exception("metrics of a batch were not sent")
+        self._metrics.get_metric(name, MetricTypes(kind)).add_or_update(round(amount, 6), [*self._own, *labels])
+
+    def _report(self) -> None:
+        while True:
+            self._something.wait()
+            self._something.clear()
+            try:
+                self.flush()
+            except Exception:
+                logger.exception("figures were lost")
+            time.sleep(REPORT_SECONDS)
+
+
+OUTCOMES = ("ok", *sorted(error.code for error in RequestError.__subclasses__()))
+"""The label `outcome` of `marina_requests_total`."""
+
+
+def outcome(outputs: Iterable[object]) -> str:
+    """`ok`, or the code of the first error among one request's outputs."""
+    return next((output.code for output in outputs if isinstance(output, RequestError)), "ok")
+
+
+def arrival(headers: Mapping[str, Any]) -> float | None:
+    """Unix time at which the gateway received a request; None without a gateway or for an absurd time."""
+    given = next((value for name, value in headers.items() if name.lower() == ARRIVAL_HEADER), "")
+    found = _ARRIVAL.fullmatch(str(given))
+    arrived = int(found[1]) / 1e6 if found else 0.0
+    return arrived if abs(time.time() - arrived) < _LONGEST_WAIT else None
+
+
+def trace_id(headers: Mapping[str, str]) -> str | None:
+    """The trace that a request belongs to, from its W3C `traceparent`; None when it has none that is valid."""
+    found = _TRACE_ID.fullmatch(headers.get("traceparent", ""))
+    return found[1] if found else None
+
+
+def log_failure(error: RequestError, *, request_id: str, trace_id: str | None, spec: ModelSpec) -> None:
+    """One line of JSON on stderr about an answer of 500 or more; its traceback, where there is one, is a field of it."""
+    line = {
+        "event": "request failed",
+        "request_id": request_id,
+        "trace_id": trace_id,
+        "model": spec.name,
+        "version": spec.version,
+        "status": error.status,
+        "code": error.code,
+        "detail": str(error),
+    }
+    if error.__cause__ is not None:
+        line["exception"] = "".join(traceback.format_exception(error.__cause__))
+    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
 def announce_load_failure(error: BaseException) -> None:

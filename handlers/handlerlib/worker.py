@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +20,17 @@ import torch
 from torch import Tensor
 
 from handlerlib import loading, payload, telemetry
-from handlerlib.errors import InferenceFailed, MarinaError, OutOfMemory, RequestError
+from handlerlib.errors import InferenceFailed, OutOfMemory, RequestError
 from handlerlib.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
+REQUEST_ID_HEADER = "x-marina-request-id"
+"""Set by the gateway, which drops a client's own."""
+Output = list[float] | RequestError
+"""Probabilities of one input, or why it has none."""
+Result = tuple[payload.Request, list[Output]] | RequestError
+"""One request with its outputs, or why it could not be read."""
 _SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -48,6 +54,7 @@ class ModelHandler(ABC):
 
     model: LoadedModel
     batch_size: int
+    reporter: telemetry.Reporter
 
     @abstractmethod
     def decode(self, data: bytes) -> Tensor:
@@ -80,8 +87,16 @@ class ModelHandler(ABC):
             items = self._decode_all(requests)
         outputs = self._infer_all(items, stopwatch)
         with stopwatch.stage("postprocess"):
-            bodies = self._answer(requests, outputs, context)
-        telemetry.publish(context.metrics, stopwatch, len(items))
+            results = _per_request(requests, outputs)
+            bodies = [self._answer(result, index, context) for index, result in enumerate(results)]
+        self.reporter.record(
+            stopwatch,
+            arrivals=[telemetry.arrival(context.get_all_request_header(index)) for index in range(len(data))],
+            outcomes=[
+                telemetry.outcome([result] if isinstance(result, RequestError) else result[1]) for result in results
+            ],
+            rows=[output for output in outputs if not isinstance(output, RequestError)],
+        )
         return bodies
 
     def _start(self, context: Context) -> None:
@@ -95,6 +110,7 @@ class ModelHandler(ABC):
         worst = loading.self_test(self.model, self._answer_alone, folder)
         sizes = loading.warm_up(self.model, _warm_up_order(self.batch_size))
         spec = self.model.spec
+        self.reporter = telemetry.Reporter(spec, context.metrics)
         logger.info(
             "%s %s ready on %s: %d golden samples within %.1e, batch sizes warmed: %d of %d",
             spec.name, spec.version, device, len(spec.golden.samples), worst, len(sizes), self.batch_size,
@@ -116,9 +132,8 @@ class ModelHandler(ABC):
             return payload.parse(row, headers, self.model.spec.limits)
         except RequestError as error:
             return error
-        except Exception:
-            logger.exception("request %s could not be read", context.get_request_id(index))
-            return InferenceFailed("the request could not be read")
+        except Exception as error:  # noqa: BLE001 - logged with the answer
+            return _caused(InferenceFailed("the request could not be read"), error)
 
     def _decode_all(self, requests: Sequence[payload.Request | RequestError]) -> list[Tensor | RequestError]:
         """All inputs of all readable requests, flat and in order."""
@@ -134,22 +149,19 @@ class ModelHandler(ABC):
             return error
         except MemoryError:
             return OutOfMemory("not enough memory to decode this input; try again later")
-        except Exception:
-            logger.exception("an input could not be decoded")
-            return InferenceFailed("the input could not be decoded")
+        except Exception as error:  # noqa: BLE001 - logged with the answer
+            return _caused(InferenceFailed("the input could not be decoded"), error)
 
-    def _infer_all(
-        self, items: Sequence[Tensor | RequestError], stopwatch: telemetry.Stopwatch
-    ) -> list[list[float] | RequestError]:
+    def _infer_all(self, items: Sequence[Tensor | RequestError], stopwatch: telemetry.Stopwatch) -> list[Output]:
         """Run the good items in batches of at most `batch_size`; bad ones keep their error and their place."""
         good = [item for item in items if isinstance(item, Tensor)]
-        rows: list[list[float] | RequestError] = []
+        rows: list[Output] = []
         for start in range(0, len(good), self.batch_size):
             rows += self._infer(good[start : start + self.batch_size], stopwatch)
         in_order = iter(rows)
         return [item if isinstance(item, RequestError) else next(in_order) for item in items]
 
-    def _infer(self, items: Sequence[Tensor], stopwatch: telemetry.Stopwatch) -> list[list[float] | RequestError]:
+    def _infer(self, items: Sequence[Tensor], stopwatch: telemetry.Stopwatch) -> list[Output]:
         try:
             with stopwatch.stage("preprocess"):
                 batch = self.to_batch(items)
@@ -172,35 +184,38 @@ class ModelHandler(ABC):
         middle = len(items) // 2
         return self._infer(items[:middle], stopwatch) + self._infer(items[middle:], stopwatch)
 
-    def _answer(
-        self,
-        requests: Sequence[payload.Request | RequestError],
-        outputs: Sequence[list[float] | RequestError],
-        context: Context,
-    ) -> list[bytes]:
-        remaining = iter(outputs)
-        bodies = []
-        for index, request in enumerate(requests):
-            if isinstance(request, payload.Request):
-                mine = [next(remaining) for _ in request.instances]
-                bodies.append(self._answer_one(request, mine, index, context))
-            else:
-                bodies.append(_refuse(request, index, context))
-        return bodies
-
-    def _answer_one(
-        self, request: payload.Request, outputs: Sequence[list[float] | RequestError], index: int, context: Context
-    ) -> bytes:
+    def _answer(self, result: Result, index: int, context: Context) -> bytes:
+        if isinstance(result, RequestError):
+            return self._refuse(result, index, context)
+        request, outputs = result
         predictions = []
         for position, output in enumerate(outputs):
             if isinstance(output, RequestError):
                 where = f"instance {position}: " if len(outputs) > 1 else ""
-                return _refuse(type(output)(where + str(output)), index, context)
+                return self._refuse(_caused(type(output)(where + str(output)), output.__cause__), index, context)
             predictions.append(self.encode(output, request.top_k))
         spec = self.model.spec
         context.set_response_content_type(index, "application/json")
         document = {"model": spec.name, "version": spec.version, "predictions": predictions}
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _refuse(self, error: RequestError, index: int, context: Context) -> bytes:
+        request_id = _request_id(index, context)
+        if error.status >= 500:
+            trace_id = telemetry.trace_id(_request_headers(context, index))
+            telemetry.log_failure(error, request_id=request_id, trace_id=trace_id, spec=self.model.spec)
+        context.set_response_status(error.status, error.title, index)
+        context.set_response_content_type(index, "application/problem+json")
+        return error.problem(request_id)
+
+
+def _per_request(requests: Sequence[payload.Request | RequestError], outputs: Iterable[Output]) -> list[Result]:
+    """Outputs, flat and in order, put back to the requests that they belong to."""
+    remaining = iter(outputs)
+    return [
+        request if isinstance(request, RequestError) else (request, [next(remaining) for _ in request.instances])
+        for request in requests
+    ]
 
 
 def _warm_up_order(largest: int) -> list[int]:
@@ -220,15 +235,12 @@ def _request_headers(context: Context, index: int) -> dict[str, str]:
 
 
 def _request_id(index: int, context: Context) -> str:
-    """The caller's own X-Request-Id when it is harmless text, else TorchServe's."""
-    given = _request_headers(context, index).get("x-request-id", "")
+    """The gateway's id where one stands in front, else TorchServe's: in both cases the one in the answer's X-Request-Id.
+
+    TorchServe overwrites that header with its own id, so a client's own X-Request-Id counts only through the gateway.
+    """
+    given = _request_headers(context, index).get(REQUEST_ID_HEADER, "")
     return given if _SAFE_REQUEST_ID.fullmatch(given) else (context.get_request_id(index) or "")
-
-
-def _refuse(error: RequestError, index: int, context: Context) -> bytes:
-    context.set_response_status(error.status, error.title, index)
-    context.set_response_content_type(index, "application/problem+json")
-    return error.problem(_request_id(index, context))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -239,6 +251,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _alone(error: Exception, out_of_memory: bool) -> RequestError:
     if out_of_memory:
         return OutOfMemory("not enough memory for this input; try again later")
-    cause = f"{type(error).__name__}: {error}" if not isinstance(error, MarinaError) else str(error)
-    logger.error("inference failed on one input: %s", cause, exc_info=error)
-    return InferenceFailed("the model failed on this input")
+    return _caused(InferenceFailed("the model failed on this input"), error)
+
+
+def _caused(error: RequestError, cause: BaseException | None) -> RequestError:
+    """`error` as `raise error from cause` would make it: the cause goes to the log, never to the client."""
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,182 @@
+"""Where the servers of this project are: one of this machine, or the containers of its docker-compose stack.
+
+TorchServe's management interface listens on loopback inside each container and is never published. What has to be asked
+of it is therefore run inside: `docker exec CONTAINER marina replica ACTION`, which answers with one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from marina.client import NO_RETRIES, ManagementClient, ModelStatus, Timeout, WorkerStatus
+from marina.errors import ArchiveError, ClientError, ConfigError, MarinaError, ServerError, Unreachable
+from marina.replica import LocalReplica, Replica
+
+Target = Literal["auto", "local", "compose"]
+
+SERVICE = "torchserve"
+"""The service's name in docker-compose.yml."""
+STORE_FOLDER = "model_store"
+"""The last part of the path at which it mounts the model store."""
+ACTION_SECONDS = 900.0
+"""How long one action inside a container may take; loading a large model is the longest."""
+_FOLDER_LABEL = "com.docker.compose.project.working_dir"
+_PROJECT_LABEL = "com.docker.compose.project"
+_SERVICE_LABEL = "com.docker.compose.service"
+_START = "start one: marina serve on this machine, or make up for the containers"
+
+
+class ContainerReplica:
+    """One container of the stack."""
+
+    def __init__(self, container: str, *, docker: str) -> None:
+        self.name = container
+        self._docker = docker
+
+    @property
+    def store(self) -> Path:
+        """The folder of this host that is its model store. Raises ClientError when none is mounted."""
+        command = [self._docker, "inspect", "--format", "{{json .Mounts}}", self.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        mounts = json.loads(done.stdout) if done.returncode == 0 else []
+        for mount in mounts:
+            if Path(mount["Destination"]).name == STORE_FOLDER:
+                return Path(mount["Source"])
+        raise ClientError(
+            f"{self.name} has no {STORE_FOLDER} mounted from this host", remedy="mount one in docker-compose.yml"
+        )
+
+    def status(self) -> tuple[ModelStatus, ...]:
+        return tuple(status_from_json(item) for item in self._run("status")["models"])
+
+    def register(self, key: str, workers: int) -> None:
+        self._run("register", key, str(workers))
+
+    def prove(self, key: str) -> None:
+        self._run("prove", key)
+
+    def set_default(self, key: str) -> None:
+        self._run("set-default", key)
+
+    def scale(self, key: str, workers: int) -> None:
+        self._run("scale", key, str(workers))
+
+    def retire(self, key: str) -> None:
+        self._run("retire", key)
+
+    def drain(self) -> None:
+        self._run("drain")
+
+    def _run(self, action: str, *arguments: str) -> dict[str, Any]:
+        command = [self._docker, "exec", self.name, "marina", "replica", action, *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=ACTION_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise ClientError(
+                f"{self.name}: {action} did not end within {ACTION_SECONDS:.0f} s", remedy="look at it: make logs"
+            ) from None
+        answer = _last_object(done.stdout)
+        if done.returncode == 0 and answer is not None:
+            return answer
+        if answer is not None and "error" in answer:
+            raise _error(answer, where=self.name)
+        words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise Unreachable(f"{self.name}: {action}: {words}", remedy="is the container running? docker ps")
+
+
+def run_action(replica: Replica, action: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The other end of `ContainerReplica`: do it here. Raises ConfigError for an action that is none."""
+    actions: Mapping[str, tuple[int, Callable[..., Any]]] = {
+        "register": (2, lambda key, workers: replica.register(key, int(workers))),
+        "prove": (1, replica.prove),
+        "set-default": (1, replica.set_default),
+        "scale": (2, lambda key, workers: replica.scale(key, int(workers))),
+        "retire": (1, replica.retire),
+        "drain": (0, replica.drain),
+        "status": (0, lambda: None),
+    }
+    count, run = actions.get(action, (-1, None))
+    if run is None or len(arguments) != count:
+        raise ConfigError(
+            f"no action '{action}' with {len(arguments)} arguments", remedy=f"actions: {', '.join(actions)}"
+        )
+    run(*arguments)
+    models = replica.status() if action == "status" else ()
+    return {"done": action, "models": [dataclasses.asdict(model) for model in models]}
+
+
+def find_replicas(target: Target, local: LocalReplica, *, management_url: str, project: Path) -> list[Replica]:
+    """The servers to talk to: with `auto` the project's containers when there are any, else the local server.
+
+    Raises Unreachable when there is none.
+    """
+    if target != "local":
+        found = containers(project)
+        if found:
+            return list(found)
+        if target == "compose":
+            raise Unreachable(f"no {SERVICE} container of {project} is running", remedy="start the stack: make up")
+    if _answers(management_url):
+        return [local]
+    also = "" if target == "local" else f", and no {SERVICE} container of {project} is running"
+    raise Unreachable(f"nothing listens at {management_url}{also}", remedy=_START)
+
+
+def containers(project: Path) -> list[ContainerReplica]:
+    """The running TorchServe containers of the stack in this folder, by name; none without Docker.
+
+    COMPOSE_PROJECT_NAME, as for Compose itself, tells several stacks of one folder apart.
+    """
+    docker = shutil.which("docker")
+    if docker is None:
+        return []
+    command = [docker, "ps", "--format", "{{.Names}}", "--filter", f"label={_FOLDER_LABEL}={project}"]
+    command += ["--filter", f"label={_SERVICE_LABEL}={SERVICE}"]
+    if stack := os.environ.get("COMPOSE_PROJECT_NAME"):
+        command += ["--filter", f"label={_PROJECT_LABEL}={stack}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    names = done.stdout.split() if done.returncode == 0 else []
+    return [ContainerReplica(name, docker=docker) for name in sorted(names)]
+
+
+def status_from_json(value: Mapping[str, Any]) -> ModelStatus:
+    """What `run_action` wrote."""
+    return ModelStatus(**{**value, "workers": tuple(WorkerStatus(**worker) for worker in value["workers"])})
+
+
+def _answers(management_url: str) -> bool:
+    with ManagementClient(management_url, timeout=Timeout(connect=2.0, read=5.0), retries=NO_RETRIES) as client:
+        try:
+            client.models()
+        except Unreachable:
+            return False
+    return True
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    for line in reversed(text.splitlines()):
+        with_braces = line.strip()
+        if with_braces.startswith("{"):
+            try:
+                found = json.loads(with_braces)
+            except ValueError:
+                return None
+            return found if isinstance(found, dict) else None
+    return None
+
+
+def _error(answer: Mapping[str, Any], *, where: str) -> MarinaError:
+    """The error of the inside, as one of the same exit code."""
+    kinds: Mapping[int, type[MarinaError]] = {3: ConfigError, 5: ArchiveError, 6: ServerError, 7: ClientError}
+    kind = kinds.get(int(answer.get("exit_code", 1)), MarinaError)
+    return kind(f"{where}: {answer['error']}", remedy=str(answer.get("remedy", "")))

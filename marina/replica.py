@@ -1,0 +1,255 @@
+"""One TorchServe as a rollout sees it: bring a version up, prove it, switch to it, and take one away without losing work.
+
+TorchServe kills where it should drain: a worker that is scaled away or unregistered is killed with what it is doing, and
+what waits in the queue of an unregistered version is never answered. So everything here first makes sure that there is
+nothing to lose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import requests
+
+from marina import store as model_store
+from marina.client import InferenceClient, ManagementClient, ModelStatus
+from marina.errors import ArchiveError, ClientError, Refused, TimedOut
+from marina.golden import prove
+from marina.parking import Parking
+from marina.server import ServedModel
+from marina.serving import NotServed
+
+DRAIN_SECONDS = 120.0
+"""How long requests already accepted may take before a version is taken away from under them."""
+_RETIRE_TRIES = 3
+_IDLE_LOOKS = 3
+_LOOK_SECONDS = 0.1
+_CAUSE_SECONDS = 3.0
+"""A dead worker's last words arrive after TorchServe's answer."""
+
+
+class Replica(Protocol):
+    """What a rollout asks of one server. Every method returns when it is done and may be called again."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    def status(self) -> tuple[ModelStatus, ...]:
+        """Every version of every model."""
+        ...
+
+    def register(self, key: str, workers: int) -> None:
+        """Load `NAME:VERSION` of the store, if it is not loaded, and wait until exactly so many workers are READY."""
+        ...
+
+    def prove(self, key: str) -> None:
+        """Have it answer its golden samples over HTTP."""
+        ...
+
+    def set_default(self, key: str) -> None:
+        """Send requests without a version to it."""
+        ...
+
+    def scale(self, key: str, workers: int) -> None:
+        """Set the number of workers and wait until exactly so many are READY; no request is lost on the way down."""
+        ...
+
+    def retire(self, key: str) -> None:
+        """Unregister it once it has nothing left to do."""
+        ...
+
+    def drain(self) -> None:
+        """Have the whole server answer what it has accepted, and stop."""
+        ...
+
+
+class LocalReplica:
+    """A server of this machine, by its addresses; inside a container, the container's own."""
+
+    def __init__(
+        self, *, store: Path, inference_url: str, management_url: str, supervisor_url: str, name: str = "local"
+    ) -> None:
+        self.name = name
+        self._store = store
+        self._inference_url = inference_url
+        self._management_url = management_url
+        self._supervisor_url = supervisor_url
+        self._management = ManagementClient(management_url)
+
+    def status(self) -> tuple[ModelStatus, ...]:
+        return self._management.status()
+
+    def register(self, key: str, workers: int) -> None:
+        model = self._model(key)
+        found = self._find(key)
+        if found is None:
+            self._load(model, workers)
+        self.scale(key, workers)
+
+    def prove(self, key: str) -> None:
+        with InferenceClient(self._inference_url) as client:
+            prove(self._model(key), client)
+
+    def set_default(self, key: str) -> None:
+        self._management.set_default(*_split(key))
+
+    def scale(self, key: str, workers: int) -> None:
+        name, version = _split(key)
+        found = self._require(key)
+        surplus = found.workers[workers:]  # TorchServe ends the newest first
+        with self._parking(found) as parking:
+            if surplus:
+                self._settle(found, [worker.pid for worker in surplus], parking)
+            self._management.scale(name, workers, version)
+
+    def retire(self, key: str) -> None:
+        name, version = _split(key)
+        found = self._find(key)
+        if found is None:
+            return
+        workers = len(found.workers)
+        for _ in range(_RETIRE_TRIES):
+            if not found.workers or self._end_all_workers(found):
+                self._management.unregister(name, version)
+                return
+            found = self._require(key)
+        self._management.scale(name, workers, version)
+        raise TimedOut(
+            f"{name} {version} is still asked for by its number, and serves on",
+            remedy=f"let those clients ask without a version, then: marina retire {key}",
+        )
+
+    def _end_all_workers(self, found: ModelStatus) -> bool:
+        """Whether all are ended and nothing waits for them; else one works on, for the requests that came in between."""
+        name, version, key = found.name, found.version, f"{found.name}:{found.version}"
+        self._wait_for_empty_queue(key)
+        with self._parking(found) as parking:
+            self._settle(found, [worker.pid for worker in found.workers], parking)
+            # Without workers TorchServe answers 503 at once instead of queueing what unregistering would lose.
+            self._management.scale(name, 0, version)
+            if self._require(key).pending <= parking.unanswered():
+                return True
+        self._management.scale(name, 1, version)
+        return False
+
+    def drain(self) -> None:
+        try:
+            answer = requests.post(f"{self._supervisor_url}/drain", timeout=5)
+        except requests.RequestException as error:
+            raise ClientError(
+                f"the supervisor at {self._supervisor_url} does not answer: {type(error).__name__}",
+                remedy="is `marina serve` running, with its supervisor port?",
+            ) from error
+        if answer.status_code != 202:
+            raise Refused("the supervisor refused to drain", status=answer.status_code, detail=answer.reason or "")
+
+    # ---- looking
+
+    def _model(self, key: str) -> ServedModel:
+        (model,) = model_store.to_serve(model_store.select(self._store, [key]))
+        return model
+
+    def _find(self, key: str) -> ModelStatus | None:
+        name, version = _split(key)
+        try:
+            return self._management.describe(name, version)
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def _require(self, key: str) -> ModelStatus:
+        found = self._find(key)
+        if found is None:
+            raise NotServed(f"{key.replace(':', ' ')} is not served", remedy="`marina status` lists what is served")
+        return found
+
+    # ---- loading
+
+    def _load(self, model: ServedModel, workers: int) -> None:
+        values = model.snapshot()
+        try:
+            self._management.register(
+                model.archive_file.name,
+                workers=workers,
+                batch_size=int(str(values["batchSize"])),
+                max_batch_delay_ms=int(str(values["maxBatchDelay"])),
+                response_timeout=int(str(values["responseTimeout"])),
+                startup_timeout=int(str(values["startupTimeout"])),
+            )
+        except ClientError as error:
+            cause = self._cause(f"{model.name}_{model.version}")
+            raise ArchiveError(
+                f"{model.name} {model.version} did not load: {cause or error}",
+                remedy="check the archive: marina verify MAR; and whether there is memory for it beside the old version",
+            ) from error
+
+    def _cause(self, label: str) -> str:
+        """The worker's own words, which TorchServe hides and the supervisor has read; empty without a supervisor."""
+        deadline = time.monotonic() + _CAUSE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                found = requests.get(f"{self._supervisor_url}/failures", timeout=5).json()
+                cause = str(found.get(label, ""))
+            except (requests.RequestException, ValueError, AttributeError):
+                return ""
+            if cause:
+                return cause
+            time.sleep(_LOOK_SECONDS)
+        return ""
+
+    # ---- nothing to lose
+
+    def _wait_for_empty_queue(self, key: str) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while (found := self._require(key)).pending:
+            if time.monotonic() > deadline:
+                raise TimedOut(
+                    f"{found.name} {found.version} still has {found.pending} requests in its queue "
+                    f"after {DRAIN_SECONDS:.0f} s, and serves on",
+                    remedy=f"somebody asks for it by its number: stop that, then: marina retire {key}",
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def _parking(self, found: ModelStatus) -> Parking:
+        return Parking(self._management_url, found.name, found.version)
+
+    def _settle(self, found: ModelStatus, pids: Sequence[int], parking: Parking) -> None:
+        """Return when these workers have nothing in hand and take nothing new; see `Parking`.
+
+        A handler that cannot be parked (not one of Marina's) is given the chance to be idle: exact for a version that
+        gets no new requests, and the best that can be had for one that does.
+        """
+        if parking.supported():
+            parking.park(pids, within=DRAIN_SECONDS)
+            return
+        deadline = time.monotonic() + min(DRAIN_SECONDS, 10.0)
+        looks = 0
+        before = _cpu_seconds(pids)
+        while looks < _IDLE_LOOKS and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+            now = _cpu_seconds(pids)
+            idle = now == before and not self._require(f"{found.name}:{found.version}").pending
+            looks, before = (looks + 1 if idle else 0), now
+
+
+def _cpu_seconds(pids: Sequence[int]) -> dict[int, float]:
+    """Processor time used so far; a worker that waits for its next request uses none."""
+    used = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, ValueError):
+            times = psutil.Process(pid).cpu_times()
+            used[pid] = times.user + times.system
+    return used
+
+
+def _split(key: str) -> tuple[str, str]:
+    name, _, version = key.partition(":")
+    return name, version
