@@ -28,6 +28,18 @@ demo: setup ## train, pack, verify and serve the digits, ask for every test imag
 serve: setup ## serve what is in model_store/ until Ctrl-C
 	@$(BIN)/marina serve
 
+.PHONY: up
+up: setup ## serve model_store/ in containers behind the gateway, with monitoring (DEVICE=cpu|gpu, GATEWAY_PORT=8000)
+	@$(BIN)/marina up --device $(DEVICE)
+
+.PHONY: down
+down: setup ## drain and stop the containers, leave nothing behind
+	@$(BIN)/marina down
+
+.PHONY: logs
+logs: setup ## follow the containers' logs
+	@$(BIN)/marina logs --follow
+
 .PHONY: test
 test: setup ## run all tests; a tier whose tools are missing is skipped with the reason (and fails when CI is set)
 	$(PYTEST)

@@ -180,6 +180,16 @@ def _any_alive(group: int) -> bool:
     return False
 
 
+def reap_orphans(spare: int | None) -> None:
+    """As PID 1 every orphan becomes our child: take the exit status of those that ended. `spare` has its own reader."""
+    if os.getpid() != 1:
+        return
+    with contextlib.suppress(ChildProcessError):
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while (found := os.waitid(os.P_ALL, 0, ended)) is not None and found.si_pid != spare:
+            os.waitpid(found.si_pid, os.WNOHANG)
+
+
 def _reap_group(group: int) -> None:
     """As PID 1 we inherit the workers of a killed java; unreaped they would stay as zombies for ever."""
     with contextlib.suppress(ChildProcessError):

@@ -241,7 +241,7 @@ class Server:
                 announce(self.ready_line)
                 # Polled: a signal that the system hands to another thread does not end this thread's waiting.
                 while (event := self._next_event(_POLL_SECONDS)) is None:
-                    pass
+                    processes.reap_orphans(self.pid)
             except BaseException:
                 self.stop(drain=False)
                 raise

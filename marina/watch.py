@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import socket
@@ -323,8 +324,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", reply.content_type)
         self.send_header("Content-Length", str(len(reply.body)))
         self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(reply.body)
+        # A health check may hang up once it has read the status line.
+        with contextlib.suppress(ConnectionError):
+            self.end_headers()
+            self.wfile.write(reply.body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Probes come every few seconds and are not worth a line."""
