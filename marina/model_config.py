@@ -52,7 +52,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read(text: str) -> dict[str, Any]:
-    """Parse and check; every key of TorchServe's is then there, with its type. Raises ArchiveError with the first finding."""
+    """Parse and check: every key is then there, with its type. Raises ArchiveError with the first finding."""
     for finding in check(text):
         raise ArchiveError(f"{CONFIG_FILE}: {finding.message}", remedy=finding.remedy)
     values: dict[str, Any] = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader

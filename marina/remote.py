@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ STORE_FOLDER = "model_store"
 """The last part of the path at which it mounts the model store."""
 ACTION_SECONDS = 900.0
 """How long one action inside a container may take; loading a large model is the longest."""
+_LIST_TRIES = 3
 _FOLDER_LABEL = "com.docker.compose.project.working_dir"
 _PROJECT_LABEL = "com.docker.compose.project"
 _SERVICE_LABEL = "com.docker.compose.service"
@@ -117,22 +119,27 @@ def find_replicas(target: Target, local: LocalReplica, *, management_url: str, p
 
     Raises Unreachable when there is none.
     """
+    no_stack = f"no {SERVICE} container of {project} is running"
     if target != "local":
-        found = containers(project)
+        try:
+            found = containers(project)
+        except Unreachable as error:
+            found, no_stack = [], str(error)
         if found:
             return list(found)
         if target == "compose":
-            raise Unreachable(f"no {SERVICE} container of {project} is running", remedy="start the stack: make up")
+            raise Unreachable(no_stack, remedy="start the stack: make up")
     if _answers(management_url):
         return [local]
-    also = "" if target == "local" else f", and no {SERVICE} container of {project} is running"
+    also = "" if target == "local" else f", and {no_stack}"
     raise Unreachable(f"nothing listens at {management_url}{also}", remedy=_START)
 
 
 def containers(project: Path) -> list[ContainerReplica]:
     """The running TorchServe containers of the stack in this folder, by name; none without Docker.
 
-    COMPOSE_PROJECT_NAME, as for Compose itself, tells several stacks of one folder apart.
+    COMPOSE_PROJECT_NAME, as for Compose itself, tells several stacks of one folder apart. Raises Unreachable with
+    Docker's own words when it cannot say.
     """
     docker = shutil.which("docker")
     if docker is None:
@@ -141,12 +148,23 @@ def containers(project: Path) -> list[ContainerReplica]:
     command += ["--filter", f"label={_SERVICE_LABEL}={SERVICE}"]
     if stack := os.environ.get("COMPOSE_PROJECT_NAME"):
         command += ["--filter", f"label={_PROJECT_LABEL}={stack}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    names = done.stdout.split() if done.returncode == 0 else []
-    return [ContainerReplica(name, docker=docker) for name in sorted(names)]
+    return [ContainerReplica(name, docker=docker) for name in sorted(_listed(command))]
+
+
+def _listed(command: Sequence[str]) -> list[str]:
+    """Asked again when it fails: an engine that removes a container at that moment may not list the others."""
+    words = ""
+    for attempt in range(_LIST_TRIES):
+        time.sleep(0.5 * attempt)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            words = str(error)
+            continue
+        if done.returncode == 0:
+            return done.stdout.split()
+        words = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    raise Unreachable(f"docker cannot list the containers: {words}", remedy="is the Docker engine running? docker ps")
 
 
 def status_from_json(value: Mapping[str, Any]) -> ModelStatus:

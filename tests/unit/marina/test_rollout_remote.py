@@ -78,14 +78,19 @@ def test_the_store_is_the_one_that_is_mounted(docker: Path) -> None:
         ("compose", "no torchserve container of /srv/marina is running"),
     ],
 )
-@pytest.mark.parametrize("ends", [0, 1])
-def test_nothing_to_talk_to_is_one_clear_line(docker: Path, target: remote.Target, reason: str, ends: int) -> None:
-    """Also when the Docker engine does not run."""
-    _says(docker, "", ends)
+def test_nothing_to_talk_to_is_one_clear_line(docker: Path, target: remote.Target, reason: str) -> None:
     with pytest.raises(Unreachable) as caught:
         _find(target, docker)
     assert str(caught.value) == reason and caught.value.exit_code == 7
     assert "make up" in caught.value.remedy
+
+
+def test_an_engine_that_does_not_answer_is_named(docker: Path) -> None:
+    (docker / "bin" / "docker").write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon' >&2\nexit 1\n")
+    with pytest.raises(Unreachable, match=r"^docker cannot list the containers: Cannot connect to the Docker daemon$"):
+        _find("compose", docker)
+    with pytest.raises(Unreachable, match=r"nothing listens at .*, and docker cannot list the containers: Cannot"):
+        _find("auto", docker)
 
 
 def test_no_docker_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
