@@ -81,6 +81,17 @@ class Archive:
     """Bytes."""
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        return {
+            "archive": str(self.path),
+            "name": self.name,
+            "version": self.version,
+            "sha256": self.sha256,
+            "bytes": self.size,
+        }
+
+    @property
     def key(self) -> str:
         """`NAME:VERSION`, as commands take it."""
         return f"{self.name}:{self.version}"

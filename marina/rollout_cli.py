@@ -23,9 +23,7 @@ from marina.remote import ContainerReplica, Target
 from marina.replica import LocalReplica, Replica
 from marina.rollout import Outcome, Rollout, Step
 from marina.screen import Screen
-from marina.settings import ServeSettings
-
-OTHER_VARIABLES = ("MARINA_HOME", "MARINA_URL", "MARINA_MANAGEMENT_URL")
+from marina.settings import OTHER_VARIABLES, ServeSettings
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TargetOption = Annotated[

@@ -6,8 +6,10 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -55,6 +57,11 @@ class Screen:
         )
         self.explain(error)
 
+    def end_with(self, error: MarinaError) -> NoReturn:
+        """Fail after the result was shown: --json prints one object only, and it already holds what failed."""
+        self.explain(error)
+        raise typer.Exit(error.exit_code)
+
     def explain(self, error: MarinaError) -> None:
         """What failed, where, and what to do, on standard error."""
         tail = getattr(error, "log_tail", "")
@@ -63,6 +70,11 @@ class Screen:
         self.err.print(Text.assemble(("error: ", "bold red"), str(error)))
         if error.remedy:
             self.err.print(Text.assemble(("  fix: ", "bold"), error.remedy))
+
+
+def shown(path: Path) -> Path:
+    """Relative to where the user stands, when the path lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _cell(value: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from marina import archive, model_config
 from marina.archive import Archive
-from marina.errors import StoreError
+from marina.errors import ArchiveError, StoreError
 from marina.server import ServedModel
 
 INDEX_FILE = "index.json"
@@ -103,6 +103,21 @@ def _read_config(item: Archive) -> dict[str, Any]:
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, OSError) as error:
         raise StoreError(f"{item.path} is not a readable archive: {error}", remedy="pack it again") from error
     return model_config.read(text)
+
+
+def find_artifact(artifacts: Path, text: str) -> Path:
+    """A folder, or NAME (its newest version) or NAME:VERSION below `artifacts`. Raises ArchiveError."""
+    if Path(text).is_dir():
+        return Path(text)
+    name, _, version = text.partition(":")
+    found = [path for path in (artifacts / name).glob("*") if archive.VERSION_PATTERN.fullmatch(path.name)]
+    if version:
+        found = [path for path in found if path.name == version]
+    if not found:
+        raise ArchiveError(
+            f"there is no artifact {text}", remedy="train one: marina train digits; artifacts lie in artifacts/"
+        )
+    return max(found, key=lambda path: version_key(path.name))
 
 
 def version_key(version: str) -> tuple[int, ...]:

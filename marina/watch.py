@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Protocol
+from typing import Any, Protocol
 
 import requests
 from prometheus_client import CollectorRegistry, generate_latest
@@ -295,6 +295,11 @@ def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tupl
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A probe that hangs up in the middle is no error of ours."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _V6Server(_Server):
     address_family = socket.AF_INET6
@@ -324,10 +329,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", reply.content_type)
         self.send_header("Content-Length", str(len(reply.body)))
         self.send_header("Connection", "close")
-        # A health check may hang up once it has read the status line.
-        with contextlib.suppress(ConnectionError):
-            self.end_headers()
-            self.wfile.write(reply.body)
+        self.end_headers()
+        self.wfile.write(reply.body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Probes come every few seconds and are not worth a line."""
