@@ -51,9 +51,8 @@ def test_operations_know_the_format_and_not_the_code(path: Path) -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = (
-        "import sys, marina.cli; sys.exit(', '.join({'torch', 'torchvision', 'numpy', 'training'} & set(sys.modules)) or None)"
-    )
+    heavy = {"torch", "torchvision", "numpy", "training"}
+    code = f"import sys, marina.cli; sys.exit(', '.join({heavy} & set(sys.modules)) or None)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
