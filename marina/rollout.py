@@ -24,7 +24,7 @@ from marina import serving
 from marina import store as model_store
 from marina import verify as verification
 from marina.archive import Archive, sha256_of
-from marina.errors import ArchiveError, ClientError, StoreError
+from marina.errors import ArchiveError, StoreError
 from marina.replica import Replica
 from marina.serving import NotServed, Serving
 
@@ -50,10 +50,6 @@ class Outcome:
     previous: str | None
     versions: dict[str, int]
     """Version -> workers."""
-
-
-class RolloutFailed(ClientError):
-    """A step failed; the message says what, and what state is left."""
 
 
 class Rollout:

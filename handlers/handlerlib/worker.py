@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from handlerlib import loading, payload, telemetry
+from handlerlib import loading, parking, payload, telemetry
 from handlerlib.errors import InferenceFailed, OutOfMemory, RequestError
 from handlerlib.loading import LoadedModel
 
@@ -81,6 +81,8 @@ class ModelHandler(ABC):
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Context) -> list[bytes]:
         """Rows of one batch -> one body per row, in order; status and headers go through `context`."""
+        if parking.is_describe(data, context.get_all_request_header(0)):
+            return [parking.describe()]
         stopwatch = telemetry.Stopwatch()
         with stopwatch.stage("decode"):
             requests = [self._parse(row, index, context) for index, row in enumerate(data)]
