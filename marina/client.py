@@ -95,7 +95,6 @@ class WorkerStatus:
     started: str
     """ISO 8601 in UTC."""
     gpu: bool
-    memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -478,5 +477,4 @@ def _worker_status(value: Mapping[str, Any]) -> WorkerStatus:
         ready=value["status"] == "READY",
         started=value["startTime"],
         gpu=value["gpu"],
-        memory_bytes=value["memoryUsage"],
     )

@@ -141,7 +141,7 @@ def status(
     previous = {} if meant is None else {name: model.previous for name, model in meant.models.items() if model.previous}
     screen.result({"models": [_model_fields(name, model) for name, model in rows]})
     screen.table(
-        ("replica", "model", "version", "default", "ready", "workers", "queued", "batch", "memory MB"),
+        ("replica", "model", "version", "default", "ready", "workers", "queued", "batch"),
         [(name, *_cells(model)) for name, model in rows],
     )
     for name, before in previous.items():
@@ -245,5 +245,4 @@ def _cells(model: ModelStatus) -> tuple[object, ...]:
         len(model.workers),
         model.pending,
         model.batch_size,
-        round(sum(worker.memory_bytes for worker in model.workers) / 1e6),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.text import Text
 from handlerlib.errors import MarinaError
 
 LOG_LINES = 15
+PLAIN_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,8 @@ class Screen:
     """stdout for results, stderr for progress and errors."""
 
     as_json: bool
-    out: Console = field(default_factory=lambda: Console(soft_wrap=not sys.stdout.isatty()))
-    err: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=not sys.stderr.isatty()))
+    out: Console = field(default_factory=lambda: _console(sys.stdout))
+    err: Console = field(default_factory=lambda: _console(sys.stderr))
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The one object of --json; nothing otherwise."""
@@ -70,6 +72,13 @@ class Screen:
         self.err.print(Text.assemble(("error: ", "bold red"), str(error)))
         if error.remedy:
             self.err.print(Text.assemble(("  fix: ", "bold"), error.remedy))
+
+
+def _console(stream: TextIO) -> Console:
+    """As wide as the terminal; where there is none, wide enough that no cell of ours is broken."""
+    if stream.isatty() or "COLUMNS" in os.environ:
+        return Console(file=stream)
+    return Console(file=stream, width=PLAIN_WIDTH, soft_wrap=True)
 
 
 def shown(path: Path) -> Path:

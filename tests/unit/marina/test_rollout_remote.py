@@ -99,7 +99,7 @@ def test_no_docker_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_action_runs_inside_and_its_answer_comes_back(docker: Path) -> None:
-    worker = WorkerStatus(id="9000", pid=7, ready=True, started="now", gpu=True, memory_bytes=5)
+    worker = WorkerStatus(id="9000", pid=7, ready=True, started="now", gpu=True)
     status = ModelStatus(
         name="m", version="1.0", archive="m-1.0.mar", min_workers=1, max_workers=1, batch_size=1, max_batch_delay_ms=1,
         workers=(worker,), pending=0, remaining_capacity=9, default=True,

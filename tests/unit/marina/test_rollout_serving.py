@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _seen(version: str, workers: int, *, default: bool = False, name: str = "m") -> ModelStatus:
-    worker = WorkerStatus(id="9000", pid=1, ready=True, started="", gpu=False, memory_bytes=1)
+    worker = WorkerStatus(id="9000", pid=1, ready=True, started="", gpu=False)
     return ModelStatus(
         name=name, version=version, archive="", min_workers=workers, max_workers=workers, batch_size=1,
         max_batch_delay_ms=1, workers=(worker,) * workers, pending=0, remaining_capacity=1, default=default,

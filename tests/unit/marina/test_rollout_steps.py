@@ -60,7 +60,7 @@ class Listed:
 
 
 def _status(version: str, workers: int, default: bool) -> ModelStatus:
-    worker = WorkerStatus(id="9000", pid=1, ready=True, started="", gpu=False, memory_bytes=1)
+    worker = WorkerStatus(id="9000", pid=1, ready=True, started="", gpu=False)
     return ModelStatus(
         name="m", version=version, archive=f"m-{version}.mar", min_workers=workers, max_workers=workers, batch_size=1,
         max_batch_delay_ms=1, workers=(worker,) * workers, pending=0, remaining_capacity=1, default=default,
