@@ -27,7 +27,7 @@ import requests
 import yaml
 
 from handlerlib.spec import SPEC_FILE, ModelSpec
-from marina import gateway, store, verify
+from marina import gateway, serving, store, verify
 from marina.archive import Archive
 from marina.client import Answer, InferenceClient
 from marina.engine import Device, Engine, Wanted, choose_device, find_engine, gpu_ids, last_line
@@ -288,8 +288,7 @@ def check_store(folder: Path) -> list[Archive]:
 
     Whether a model loads and answers its golden samples is checked by the container that serves it, before it is ready.
     """
-    found = store.select(folder, [])
-    store.to_serve(found)
+    found = store.select(folder, [f"{model.name}:{model.version}" for model in serving.at_start(folder)])
     for item in found:
         for path in (item.path, folder / store.INDEX_FILE):
             if not path.stat().st_mode & 0o004:

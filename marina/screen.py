@@ -59,6 +59,10 @@ class Screen:
         )
         self.explain(error)
 
+    def note(self, line: str) -> None:
+        """Something worth knowing that is no error, on standard error."""
+        self.err.print(f"note: {line}", markup=False, highlight=False)
+
     def end_with(self, error: MarinaError) -> NoReturn:
         """Fail after the result was shown: --json prints one object only, and it already holds what failed."""
         self.explain(error)

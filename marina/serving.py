@@ -239,10 +239,15 @@ class Following:
         return found.st_ino, found.st_mtime_ns
 
 
-def at_start(store: Path) -> list[ServedModel] | None:
-    """What `marina serve` without names serves; None when no rollout has said anything yet."""
+def at_start(store: Path) -> list[ServedModel]:
+    """What `marina serve` without names serves: what rollouts left, and the newest version of every other name.
+
+    Raises StoreError when there is nothing, or when an archive is missing or was changed.
+    """
     serving = read(store)
-    return to_serve(store, serving) or None if serving is not None else None
+    known = to_serve(store, serving) if serving is not None else []
+    names = {model.name for model in known}
+    return known + model_store.to_serve([item for item in model_store.select(store, []) if item.name not in names])
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,9 @@ def serve(
     }
     settings = ServeSettings.load(options, os.environ, other_variables=OTHER_VARIABLES)
     folder = model_store or home.store
-    models = store.to_serve(store.select(folder, names)) if names else _all_models(screen, folder)
+    models = store.to_serve(store.select(folder, names)) if names else serving.at_start(folder)
+    if not names:
+        _tell_of_newer(screen, folder, models)
     server = Server(models, settings, prove=prove, expected=serving.Following(folder, models))
 
     def announce(line: str) -> None:
@@ -134,20 +137,15 @@ def demo(as_json: Json = False) -> None:
     )
 
 
-def _all_models(screen: Screen, folder: Path) -> list[ServedModel]:
-    """What rollouts left to be served, and the newest version of every other name."""
-    known = serving.at_start(folder) or []
-    newest = store.to_serve(store.select(folder, []))
-    deployed = {model.name: model.version for model in known if model.default}
-    for model in newest:
-        if store.version_key(model.version) > store.version_key(deployed.get(model.name, model.version)):
-            screen.err.print(
-                f"note: {model.name} {deployed[model.name]} was deployed and is served; "
-                f"{model.version} is newer: marina deploy {model.name}",
-                markup=False,
-                highlight=False,
+def _tell_of_newer(screen: Screen, folder: Path, models: Sequence[ServedModel]) -> None:
+    """Say so when the store holds a newer version than the one that was deployed."""
+    deployed = {model.name: model.version for model in models if model.default}
+    for item in store.select(folder, []):
+        if store.version_key(item.version) > store.version_key(deployed[item.name]):
+            screen.note(
+                f"{item.name} {deployed[item.name]} was deployed and is served; "
+                f"{item.version} is newer: marina deploy {item.name}"
             )
-    return [*known, *(model for model in newest if model.name not in deployed)]
 
 
 def _predict_one(

@@ -74,7 +74,7 @@ class Stage:
 def _start(home: Path, settings: Any) -> Server:
     """What `marina serve` without names does."""
     store = home / "model_store"
-    models = serving.at_start(store) or model_store.to_serve(model_store.select(store, []))
+    models = serving.at_start(store)
     server = Server(models, settings, prove=prove, expected=serving.Following(store, models))
     server.start()
     return server

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -95,15 +97,23 @@ def test_the_server_wins_over_the_file() -> None:
 
 
 def test_a_start_takes_default_versions_and_workers_from_the_file(folder: Path) -> None:
-    assert serving.at_start(folder) is None
+    newest = [(item.version, item.default) for item in serving.at_start(folder)]
+    assert newest == [(max(item.version for item in store.archives(folder)), True)]
     serving.write(folder, Serving(models={"m": ModelServing(default="1.0", versions={"1.0": 4, "2.0": 1})}))
     models = serving.at_start(folder)
-    assert models is not None
     assert [(item.version, item.default, item.workers) for item in models] == [("1.0", True, 4), ("2.0", False, 1)]
     assert models[0].snapshot()["maxWorkers"] == 4
     (folder / "m-2.0.mar").unlink()
     with pytest.raises(StoreError, match=r"'m:2\.0' is not in"):
         serving.at_start(folder)
+
+
+def test_a_start_adds_what_was_packed_under_another_name_since(folder: Path, tmp_path: Path) -> None:
+    serving.write(folder, Serving(models={"m": ModelServing(default="1.0", versions={"1.0": 1})}))
+    (item,) = [item for item in store.archives(folder) if item.version == "1.0"]
+    other = Path(shutil.copy(item.path, folder / "n-1.0.mar"))
+    store.publish(folder, dataclasses.replace(item, path=other, name="n"))
+    assert [(model.name, model.version) for model in serving.at_start(folder)] == [("m", "1.0"), ("n", "1.0")]
 
 
 def test_a_supervisor_follows_the_file_once_a_rollout_has_written_it(folder: Path) -> None:
