@@ -12,7 +12,7 @@ import typer
 
 from marina import serving, store
 from marina.client import Answer, InferenceClient
-from marina.errors import ClientError
+from marina.errors import ClientError, ConfigError
 from marina.golden import prove
 from marina.home import find_home
 from marina.progress import ProgressReporter
@@ -93,11 +93,15 @@ def predict(
     url: InferenceUrl = "http://127.0.0.1:8080",
     version: Annotated[str | None, typer.Option("--version", help="Model version (its default one otherwise).")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Labels per image.")] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option("--key-file", envvar="MARINA_KEY_FILE", help="The gateway's key, e.g. secrets/inference.key."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a served model about image files. A bad file is reported and does not stop the others."""
     screen = Screen(as_json)
-    client = InferenceClient(url)
+    client = InferenceClient(url, key=None if key_file is None else _read_key(key_file))
     results = [_predict_one(client, name, path, version, top_k) for path in images]
     screen.result({"model": name, "results": results})
     screen.table(("image", "label", "probability"), _prediction_rows(results))
@@ -146,6 +150,13 @@ def _tell_of_newer(screen: Screen, folder: Path, models: Sequence[ServedModel]) 
                 f"{item.name} {deployed[item.name]} was deployed and is served; "
                 f"{item.version} is newer: marina deploy {item.name}"
             )
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {path} cannot be read: {error}", remedy="make up writes one") from error
 
 
 def _predict_one(

@@ -18,7 +18,7 @@ PREFIX = "MARINA_"
 CONFIG_FILE = Path(__file__).parent.parent / "config.properties"
 """The one at the top level of this repository."""
 
-OTHER_VARIABLES = ("MARINA_HOME", "MARINA_URL", "MARINA_MANAGEMENT_URL")
+OTHER_VARIABLES = ("MARINA_HOME", "MARINA_URL", "MARINA_MANAGEMENT_URL", "MARINA_KEY_FILE")
 """MARINA_* variables that belong to the command line and are no settings of `serve`."""
 
 Kind = Literal["inference", "management", "metrics", "supervisor"]

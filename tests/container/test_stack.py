@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -12,7 +13,7 @@ import requests
 from marina import gateway
 from marina.client import InferenceClient
 from support import docker, images
-from support.commands import marina
+from support.commands import marina, project
 from support.docker import Deployment, eventually, inspect
 
 TINY = "/predictions/tiny"
@@ -186,3 +187,28 @@ def test_prometheus_has_figures_of_every_part(deployed: Deployment) -> None:
 
     wanted = {"gateway": 1, "supervisor": 2, "torchserve": 2}
     eventually(lambda: wanted.items() <= up().items(), f"targets {wanted}", deployed, within_s=60)
+
+
+def test_every_rule_is_evaluated_without_an_error(deployed: Deployment) -> None:
+    def rules() -> list[dict[str, str]]:
+        text = deployed.inside("prometheus", 9090, "/api/v1/rules")
+        return [rule for group in json.loads(text)["data"]["groups"] for rule in group["rules"]]
+
+    eventually(lambda: all(rule["health"] == "ok" for rule in rules()), "every rule's health", deployed)
+    found = rules()
+    assert {rule["type"] for rule in found} == {"recording", "alerting"}
+    assert len(found) > 30
+
+
+def test_the_command_line_asks_through_the_gateway(deployed: Deployment, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(images.photo(1))
+    asked = ("predict", "tiny", tmp_path / "photo.png", "--url", deployed.running.url, "--json")
+    home = project(tmp_path / "home")
+    answered = marina(home, *asked, "--key-file", deployed.running.key_file)
+    assert answered.code == 0, answered.err
+    assert answered.json["results"][0]["labels"][0]["label"] in images.LABELS
+    refused = marina(home, *asked)
+    assert refused.code == 7
+    assert "key" in refused.err
+    unreadable = marina(home, *asked, "--key-file", tmp_path / "none")
+    assert unreadable.code == 3

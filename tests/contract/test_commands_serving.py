@@ -96,13 +96,16 @@ def test_status_and_scale(serving: Serving) -> None:
 def test_the_log_is_one_json_line_per_request(serving: Serving) -> None:
     before = len(serving.log.read_text().splitlines())
     for _ in range(5):
-        requests.post(f"{serving.inference}/predictions/tiny", data=b"hello", timeout=30)
+        query = "request_id=a-1&trace_id=0af7651916cd43dd8448eb211c80319c"
+        requests.post(f"{serving.inference}/predictions/tiny?{query}", data=b"hello", timeout=30)
     deadline = time.monotonic() + DEADLINE_SECONDS
     while len(lines := serving.log.read_text().splitlines()[before:]) < 5:
         assert time.monotonic() < deadline, serving.log.read_text()[-3000:]
         time.sleep(0.05)
     assert len(lines) == 5
     assert [json.loads(line)["status"] for line in lines] == [415] * 5
+    assert {json.loads(line)["path"] for line in lines} == {"/predictions/tiny"}
+    assert {json.loads(line)["request_id"] for line in lines} == {"a-1"}, "the gateway's id, which comes in the query"
 
 
 def test_a_second_server_on_the_same_port_says_so(serving: Serving) -> None:
