@@ -374,6 +374,8 @@ class Server:
         # Unbuffered: a worker's last words must arrive although it dies.
         kept |= {"TEMP": str(folder), "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
         kept |= {"LOG_LOCATION": str(folder), "METRICS_LOCATION": str(folder)}
+        # Idle OpenMP threads that spin take the cores from other workers' busy ones; asleep they cost a wake-up.
+        kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return kept | ({"CUDA_VISIBLE_DEVICES": ""} if self.settings.device == "cpu" else {})
 
     def _launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
