@@ -6,6 +6,7 @@ What the files and `.env` say is asked from Compose itself (`config`), so that t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import requests
 import yaml
 
 from handlerlib.spec import SPEC_FILE, ModelSpec
-from marina import gateway, serving, store, verify
+from marina import gateway, images, serving, store, verify
 from marina.archive import Archive
 from marina.client import Answer, InferenceClient
 from marina.engine import Device, Engine, Wanted, choose_device, find_engine, gpu_ids, last_line
@@ -221,11 +222,11 @@ def up(
     models = check_store(stack.source("torchserve", _STORE_TARGET))
     keys = prepare_secrets(stack.source("gateway", _SECRETS_TARGET).parent, tls=tls)
     check_port(stack)
-    _provide_images(stack, services, build, say)
+    stack, started_services = _provide_images(stack, services, build, say)
     before = {item.id: item.restarts for item in stack.containers("torchserve")}
     started = time.monotonic()
     say(f"starting on {'the CPU' if CPU_FILE in stack.files else 'GPUs'}")
-    if stack.show("up", "-d", "--no-build", "--remove-orphans", *services) != 0:
+    if stack.show("up", "-d", "--no-build", "--remove-orphans", *started_services) != 0:
         raise ServerError("the containers were not started: see the message above", remedy="correct it and run again")
     wait_ready(stack, before, started + timeout_s, say)
     answer = _first_answer(stack.published.url, keys.key.read_text("ascii").strip(), models[0])
@@ -377,16 +378,24 @@ def curl_line(home: Home, url: str, key: Path, model: Archive) -> str:
     return f"unzip -p {_shown(model.path)} {shlex.quote(name)} | {ask} @- {target}"
 
 
-def _provide_images(stack: Stack, services: Sequence[str], build: bool, say: Say) -> None:
-    """Build ours; one that names a registry is pulled by `up` like all the others."""
+def _provide_images(stack: Stack, services: Sequence[str], build: bool, say: Say) -> tuple[Stack, tuple[str, ...]]:
+    """Have all images: others' are pulled or replaced, ours is built unless it names a registry.
+
+    Returns the stack with the images that were found, and the services to start.
+    """
+    provided = images.provide(stack.engine, stack.services, services, stack.home.root, say)
+    stack = dataclasses.replace(stack, environment={**stack.environment, **provided.variables})
     image = str(stack.services["torchserve"]["image"])
     if "/" in image or not build:
-        return
+        return stack, provided.services
+    base = images.base_image(stack.engine, stack.services["torchserve"], say)
+    stack = dataclasses.replace(stack, environment={**stack.environment, **base})
     say(f"building the image {image} (the first time some GB are downloaded)")
     if stack.show("build", "torchserve") != 0:
         raise ServerError(
             "the image was not built: see the message above", remedy="correct it, or set TORCHSERVE_IMAGE"
         )
+    return stack, provided.services
 
 
 def _first_answer(url: str, key: str, model: Archive) -> Answer:

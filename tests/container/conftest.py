@@ -33,8 +33,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="session")
 def images(engine: Engine) -> None:
     """The proxies from Debian's packages."""
-    docker.build(docker.HAPROXY_IMAGE, docker.ROOT / "deploy" / "test-images" / "haproxy")
-    docker.build(docker.PROMETHEUS_IMAGE, docker.ROOT / "deploy" / "test-images" / "prometheus")
+    docker.build(docker.HAPROXY_IMAGE, docker.ROOT / "deploy" / "debian-images" / "haproxy")
+    docker.build(docker.PROMETHEUS_IMAGE, docker.ROOT / "deploy" / "debian-images" / "prometheus")
 
 
 @pytest.fixture(scope="session")

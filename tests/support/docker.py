@@ -49,7 +49,7 @@ def require_engine() -> Engine:
 
 
 def build(tag: str, folder: Path) -> None:
-    """An image of deploy/test-images."""
+    """An image of deploy/debian-images."""
     docker("build", "--quiet", "--tag", tag, str(folder))
 
 
