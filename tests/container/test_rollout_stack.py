@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +39,13 @@ def _served(deployed: Deployment) -> dict[str, dict[str, tuple[bool, int]]]:
     return found
 
 
-class Paced(Load):
-    """At most 80 requests a second from four clients: below the gateway's limit of one key for minutes on end."""
-
-    def _run(self) -> None:
-        connection = HTTPConnection("127.0.0.1", self.deployed.port, timeout=30)
-        headers = {"Authorization": f"Bearer {self.deployed.key}"}
-        while not self._stop.wait(0.05):
-            try:
-                connection.request("POST", self.path, self.body, headers)
-                answer = connection.getresponse()
-                self.answers.append((answer.status, answer.read()))
-            except (OSError, HTTPException) as error:
-                self.answers.append((-1, repr(error).encode()))
-                connection.close()
-        connection.close()
-
-
 def _versions(load: Load) -> Counter[Any]:
     return Counter(json.loads(body)["version"] for status, body in load.answers if status == 200)
 
 
 def test_deploy_rollback_and_scale_from_the_host_lose_nothing(two_ready: Deployment, second: Path) -> None:
     names = [item.name for item in two_ready.replicas()]
-    with Paced(two_ready, TINY, images.photo(0)) as load:
+    with Load(two_ready, TINY, images.photo(0)) as load:
         deploy = _run(two_ready, "deploy", str(second))
         assert deploy.code == 0, deploy.err
         assert _served(two_ready) == {name: {"2.0": (True, 1)} for name in names}

@@ -199,7 +199,10 @@ def eventually(
 
 @dataclass
 class Load:
-    """Closed-loop clients with kept connections that send predictions as long as the block lasts."""
+    """Four clients with kept connections that send at most 80 predictions a second as long as the block lasts.
+
+    Below the gateway's limit of one key, 100 a second, which a fast machine would otherwise meet.
+    """
 
     deployed: Deployment
     path: str
@@ -233,7 +236,7 @@ class Load:
     def _run(self) -> None:
         connection = HTTPConnection("127.0.0.1", self.deployed.port, timeout=30)
         headers = {"Authorization": f"Bearer {self.deployed.key}"}
-        while not self._stop.is_set():
+        while not self._stop.wait(0.05):
             try:
                 connection.request("POST", self.path, self.body, headers)
                 answer = connection.getresponse()
