@@ -94,6 +94,15 @@ def free_ports(count: int, host: str = "127.0.0.1", *, apart_from: Iterable[int]
     return found
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether we could listen there now."""
+    try:
+        require_port(host, port, purpose="", option="")
+    except ServerError:
+        return False
+    return True
+
+
 def require_port(host: str, port: int, *, purpose: str, option: str) -> None:
     """Raises PortBusy, naming the program that holds the port where that can be seen, when we could not listen there."""
     try:

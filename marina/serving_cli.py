@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from marina import serving, store
+from marina import processes, serving, store
 from marina.client import Answer, InferenceClient
 from marina.errors import ClientError, ConfigError
 from marina.golden import prove
@@ -38,7 +38,7 @@ def serve(
     management_port: Annotated[int | None, typer.Option(help="Management port (8081).")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Metrics port (8082).")] = None,
     supervisor_port: Annotated[
-        int | None, typer.Option(help="Port of /livez, /readyz and /metrics (8083); 0 switches it off.")
+        int | None, typer.Option(help="Port of /livez, /readyz and /metrics (8083, or a free one); 0: none.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Inference address (127.0.0.1).")] = None,
     expose: Annotated[
@@ -63,7 +63,7 @@ def serve(
         "inference_port": port,
         "management_port": management_port,
         "metrics_port": metrics_port,
-        "supervisor_port": supervisor_port,
+        "supervisor_port": supervisor_port if supervisor_port is not None else _default_supervisor_port(screen),
         "inference_host": host,
         "expose": expose,
         "device": device,
@@ -139,6 +139,16 @@ def demo(as_json: Json = False) -> None:
         f"accuracy over HTTP {found.http_accuracy:.6f} = accuracy in training's evaluation {found.test_accuracy:.6f} "
         f"on {len(found.answers)} test images"
     )
+
+
+def _default_supervisor_port(screen: Screen) -> int | None:
+    """Another one where nobody chose and the default is taken: a second server asks for three ports, not for four."""
+    usual = ServeSettings().supervisor_port
+    if "MARINA_SUPERVISOR_PORT" in os.environ or processes.is_free("127.0.0.1", usual):
+        return None
+    (port,) = processes.free_ports(1)
+    screen.note(f"port {usual} is taken: /livez, /readyz and /metrics are on {port}")
+    return port
 
 
 def _tell_of_newer(screen: Screen, folder: Path, models: Sequence[ServedModel]) -> None:

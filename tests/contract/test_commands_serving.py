@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +115,34 @@ def test_a_second_server_on_the_same_port_says_so(serving: Serving) -> None:
     ran = marina(serving.home, "serve", "--port", port)
     assert ran.code == 6
     assert port in ran.err and "fix: " in ran.err
+
+
+def test_a_second_server_needs_three_ports_only(serving: Serving) -> None:
+    """Where the supervisor's usual port is taken and nobody chose one, it takes another and says so."""
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.socket())
+        with contextlib.suppress(OSError):  # taken by something else already: as good
+            listener.bind(("127.0.0.1", 8083))
+            listener.listen()
+        arguments = [str(item) for item in processes.free_ports(3)]
+        command = [sys.executable, "-m", "marina", "serve", "--port", arguments[0]]
+        command += ["--management-port", arguments[1], "--metrics-port", arguments[2]]
+        process = held.enter_context(
+            subprocess.Popen(
+                command,
+                env=environment(serving.home),
+                cwd=serving.home,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready ")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "port 8083 is taken" in errors
 
 
 def test_a_changed_archive_is_not_served(serving: Serving, tmp_path: Path) -> None:
