@@ -31,7 +31,7 @@ def main(model_dir: Path, batch_size: int) -> dict[str, Any]:
         return {"stage": "import", "error": describe(error, model_dir)}
     try:
         return {"stage": "golden", **replay(service, model_dir, batch_size)}
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001 - as above
         return {"stage": "golden", "error": describe(error, model_dir)}
 
 
