@@ -25,8 +25,8 @@ class ImageClassifier(ModelHandler):
         return imaging.load(data, spec.preprocess, spec.limits)
 
     def to_batch(self, items: Sequence[Tensor]) -> Tensor:
-        """uint8 `[C, H, W]` each -> normalised float32 `[B, C, H, W]` on the model's device."""
-        return imaging.normalise(torch.stack(list(items)).to(self.model.device), self.model.spec.preprocess)
+        """uint8 `[C, H, W]` each -> uint8 `[B, C, H, W]`; the engine normalises."""
+        return torch.stack(list(items))
 
     def encode(self, probabilities: Sequence[float], top_k: int) -> list[dict[str, Any]]:
         """Probabilities of all classes -> the `top_k` most probable, ties in index order."""

@@ -159,7 +159,9 @@ def _choose_golden(labels: Sequence[str], predictions: Sequence[Prediction]) -> 
 
 @torch.no_grad()
 def _answer(network: nn.Module, spec: ModelSpec, sample: Sample) -> tuple[float, ...]:
-    logits_1K = network.eval()(imaging.batch([sample.data], spec.preprocess, spec.limits))
+    logits_1K = network.eval()(
+        imaging.normalise(imaging.batch([sample.data], spec.preprocess, spec.limits), spec.preprocess)
+    )
     return tuple(float(value) for value in logits_1K.softmax(dim=1)[0])
 
 

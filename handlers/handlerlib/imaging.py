@@ -104,8 +104,8 @@ def normalise(x_BCHW: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def batch(images: Sequence[bytes], preprocess: Preprocess, limits: Limits) -> Tensor:
-    """Encoded images -> normalised float32 `[B, C, height, width]`. Raises as `load`, for the first bad one."""
-    return normalise(torch.stack([load(data, preprocess, limits) for data in images]), preprocess)
+    """Encoded images -> uint8 `[B, C, height, width]`. Raises as `load`, for the first bad one."""
+    return torch.stack([load(data, preprocess, limits) for data in images])
 
 
 def _check_pixels(image: Image.Image, limits: Limits) -> None:

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from handlerlib import architectures
+from handlerlib import architectures, imaging
 from handlerlib.errors import MarinaError, SpecError
-from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec, Preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +30,42 @@ class SelfTestFailed(MarinaError):
     exit_code = 5
 
 
+class Engine(Protocol):
+    """What runs the network on one kind of hardware. Normalisation belongs to it, so that it can be fused."""
+
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        """uint8 `[B, C, height, width]` as decoded -> softmax over classes, float32 `[B, classes]` on the CPU.
+
+        `threads` is the number of CPU threads that it may use for this batch, at least 1.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network in evaluation mode with its spec and the device it lives on."""
+    """A model ready to answer, with its spec and the device it lives on."""
 
     spec: ModelSpec
+    engine: Engine
+    device: torch.device
+
+    def probabilities(self, x_BCHW: Tensor, threads: int = 0) -> Tensor:
+        """uint8 `[B, C, height, width]` -> probabilities, float32 `[B, classes]` on the CPU; 0 threads: as they are."""
+        return self.engine(x_BCHW, threads or torch.get_num_threads())
+
+
+@dataclass(frozen=True, slots=True)
+class PlainEngine:
+    """torch in eager mode, float32: the reference that every other engine is measured against."""
+
     network: nn.Module
+    preprocess: Preprocess
     device: torch.device
 
     @torch.inference_mode()
-    def probabilities(self, x_BCHW: Tensor) -> Tensor:
-        """Normalised float32 batch on any device -> softmax over classes, float32 `[B, classes]` on the CPU."""
-        logits: Tensor = self.network(x_BCHW.to(self.device))
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        logits: Tensor = self.network(imaging.normalise(x_BCHW.to(self.device), self.preprocess))
         return logits.float().softmax(dim=1).cpu()
 
 
@@ -52,7 +77,8 @@ def load(folder: Path, device: torch.device) -> LoadedModel:
     spec = ModelSpec.load(folder)
     weights = _read_weights(folder / WEIGHTS_FILE)
     network = _assemble(spec, weights)
-    return LoadedModel(spec, network.eval().requires_grad_(False).to(device), device)
+    plain = PlainEngine(network.eval().requires_grad_(False).to(device), spec.preprocess, device)
+    return LoadedModel(spec, plain, device)
 
 
 def self_test(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path) -> float:
@@ -92,7 +118,7 @@ def warm_up(model: LoadedModel, sizes: Iterable[int], budget: float = WARM_UP_SE
         if time.monotonic() > deadline:
             logger.warning("warm-up stopped after %.0f s, batch sizes not run: %s", budget, pending[len(done) :])
             break
-        model.probabilities(torch.zeros(size, shape.channels, shape.height, shape.width))
+        model.probabilities(torch.zeros(size, shape.channels, shape.height, shape.width, dtype=torch.uint8))
         done.append(size)
     return tuple(done)
 

@@ -39,7 +39,7 @@ def write_artifact(
         data = images.photo(index)
         (target / GOLDEN_FOLDER / f"{index}.png").write_bytes(data)
         with torch.inference_mode():
-            row = network(imaging.batch([data], preprocess, limits)).softmax(dim=1)[0]
+            row = network(imaging.normalise(imaging.batch([data], preprocess, limits), preprocess)).softmax(dim=1)[0]
         samples.append(
             GoldenSample(file=f"{GOLDEN_FOLDER}/{index}.png", label=label, probabilities=tuple(row.tolist()))
         )

@@ -18,6 +18,7 @@ from training.evaluate import Evaluation, Prediction
 
 def test_export_counts_the_answers_for_the_test_split(tmp_path: Path) -> None:
     model = loading.load(write_artifact(tmp_path), torch.device("cpu"))
+    assert isinstance(model.engine, loading.PlainEngine)
     samples = [Sample(f"{index}.png", label, images.photo(index)) for index, label in enumerate(images.LABELS)]
     answers = [("blue", 0.995), ("red", 0.95), ("red", 0.3)]
     predictions = tuple(
@@ -27,11 +28,11 @@ def test_export_counts_the_answers_for_the_test_split(tmp_path: Path) -> None:
     judged = Evaluation(metrics={}, labels=images.LABELS, confusion=(), per_class=(), predictions=predictions)
     run = tmp_path / "run"
     run.mkdir()
-    export.freeze(run, model.network, model.spec, samples, judged)
+    export.freeze(run, model.engine.network, model.spec, samples, judged)
     baseline = ModelSpec.load(run).baseline
     assert baseline is not None
     assert baseline.classes == (1, 0, 2)  # labels are blue, green, red
     assert baseline.confidence == (0, 1, 0, 0, 0, 0, 0, 0, 1, 1)
     before = (run / "model_spec.json").read_bytes()
-    export.freeze(run, model.network, dataclasses.replace(model.spec), samples, judged)
+    export.freeze(run, model.engine.network, dataclasses.replace(model.spec), samples, judged)
     assert (run / "model_spec.json").read_bytes() == before

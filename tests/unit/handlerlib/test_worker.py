@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from handlerlib import imaging, loading
 from handlerlib.spec import ModelSpec
 from image_classifier import ImageClassifier
 from support import images
@@ -122,10 +124,14 @@ class _Failing(torch.nn.Module):
         return out
 
 
-def replace_network(handler: ImageClassifier, network: torch.nn.Module) -> None:
-    import dataclasses
+def plain(handler: ImageClassifier) -> loading.PlainEngine:
+    assert isinstance(handler.model.engine, loading.PlainEngine)
+    return handler.model.engine
 
-    handler.model = dataclasses.replace(handler.model, network=network)
+
+def replace_network(handler: ImageClassifier, network: torch.nn.Module) -> None:
+    engine = dataclasses.replace(plain(handler), network=network)
+    handler.model = dataclasses.replace(handler.model, engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,7 @@ def test_out_of_memory_is_retried_in_halves(started: tuple[ImageClassifier, Any]
     handler, ctx = started
     rows = [{"body": images.photo(seed)} for seed in range(32)]
     expected = [predictions(reply) for reply in ask(handler, ctx, rows)]
-    network = _Failing(handler.model.network, 8, error)
+    network = _Failing(plain(handler).network, 8, error)
     replace_network(handler, network)
     got = [predictions(reply) for reply in ask(handler, ctx, rows)]
     assert network.sizes == [32, 16, 8, 8, 16, 8, 8]
@@ -148,9 +154,9 @@ def test_out_of_memory_is_retried_in_halves(started: tuple[ImageClassifier, Any]
 def test_the_one_input_that_breaks_the_model_is_found(started: tuple[ImageClassifier, Any]) -> None:
     handler, ctx = started
     rows = [{"body": images.photo(seed)} for seed in range(9)]
-    marked = handler.to_batch([handler.decode(images.photo(4))])[0]
+    marked = imaging.normalise(handler.to_batch([handler.decode(images.photo(4))]), handler.model.spec.preprocess)[0]
     secret = "/secret/path"
-    replace_network(handler, _Failing(handler.model.network, 99, RuntimeError(secret), marked))
+    replace_network(handler, _Failing(plain(handler).network, 99, RuntimeError(secret), marked))
     replies = ask(handler, ctx, rows)
     assert [reply.status for reply in replies] == [200] * 4 + [500] + [200] * 4
     assert secret.encode() not in replies[4].body

@@ -130,6 +130,7 @@ def test_golden_samples_replay(small: Recipe, run: RunRecipe) -> None:
     assert {sample.label for sample in spec.golden.samples} == set(spec.labels)
     for sample in spec.golden.samples:
         x_BCHW = imaging.batch([(artifact / sample.file).read_bytes()], spec.preprocess, spec.limits)
+        x_BCHW = imaging.normalise(x_BCHW, spec.preprocess)
         with torch.no_grad():
             probabilities = network(x_BCHW).softmax(dim=1)[0]
         assert float((probabilities - torch.tensor(sample.probabilities)).abs().max()) < 1e-6
