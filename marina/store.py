@@ -22,7 +22,7 @@ INDEX_FILE = "index.json"
 def publish(store: Path, packed: Archive) -> None:
     """Record an archive that lies in the store. Several processes may publish at once."""
     with _locked(store):
-        index = _read_index(store)
+        index = read_index(store)
         index["archives"][packed.path.name] = {
             "name": packed.name,
             "version": packed.version,
@@ -37,7 +37,7 @@ def archives(store: Path) -> list[Archive]:
 
     Raises StoreError when a file was changed since it was packed, or lies there without having been packed here.
     """
-    entries = _read_index(store)["archives"]
+    entries = read_index(store)["archives"]
     found = []
     for path in sorted(store.glob("*.mar")):
         entry = entries.get(path.name)
@@ -125,7 +125,8 @@ def version_key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _read_index(store: Path) -> dict[str, Any]:
+def read_index(store: Path) -> dict[str, Any]:
+    """`index.json` as it stands, empty when there is none. Raises StoreError when it is damaged."""
     path = store / INDEX_FILE
     if not path.exists():
         return {"schema": 1, "archives": {}}
