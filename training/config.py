@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +19,9 @@ from training.errors import RecipeError
 RECIPES = Path(__file__).parent / "recipes"
 
 Source = Literal["digits", "folder", "mnist", "fashion_mnist", "cifar10"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["gradient_descent", "sgd", "adam", "adamw", "rmsprop", "adagrad"]
+Schedule = Literal["constant", "step", "inverse_time", "exponential", "cosine", "one_cycle", "plateau"]
 _LIMITS = Limits()
 
 
@@ -60,22 +63,70 @@ class Model(_Section):
     """Probability of every dropout layer; the architecture's own when left out."""
     pretrained: bool = False
     """Start from torchvision's DEFAULT weights (downloaded) wherever the shapes match."""
+    whiten: bool = False
+    """Start with a first convolution that whitens the training images' patches; best frozen (see `train.freeze`)."""
+
+
+class Stage(_Section):
+    """Some epochs of a training that differ from the rest: smaller images, other layers, another rate."""
+
+    epochs: int = Field(default=1, ge=1)
+    image_size: int | None = Field(default=None, ge=4, le=1024)
+    """Longer side of the images in this stage, in pixels; the network's own input size when left out."""
+    part: float = Field(default=1.0, gt=0, le=1)
+    """Part of the training split that an epoch sees, drawn anew for each."""
+    batch_size: int | None = Field(default=None, ge=2)
+    """`train.batch_size` when left out."""
+    learning_rate: float = Field(default=1.0, gt=0)
+    """Factor on the rate that the schedule gives."""
+    schedule: Schedule | None = None
+    """A schedule over this stage alone; left out, the stage goes on along `train.schedule`, which spans all stages."""
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """As `train.freeze`, for this stage, in addition to it."""
 
 
 class Train(_Section):
     """The optimisation."""
 
     epochs: int = Field(default=20, ge=1)
+    """With stages: the sum of theirs, and best left out."""
+    stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
+    """One after the other, instead of `epochs` equal ones. The best epoch is one of the last stage, which therefore
+    has the network's own image size."""
     batch_size: int = Field(default=64, ge=2)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Names of modules, such as "layer1", that keep the weights and statistics that they start with."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients make one update: batch_size x accumulate images at the memory of batch_size."""
+    optimizer: Optimizer = "adamw"
+    """See `training.optimisers`. gradient_descent makes one update an epoch, with the gradient of all its images."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """The peak of the schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """For sgd (Nesterov's form when above 0)."""
+    """For sgd."""
+    nesterov: bool = True
+    """sgd's momentum in Nesterov's form."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """On weights of two or more dimensions; biases and norms are left alone."""
-    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    """As the optimiser applies it, on weights of two or more dimensions; biases and norms are left alone."""
+    l1: float = Field(default=0.0, ge=0)
+    """Penalty l1 * sum |w| on the same weights; it makes many of them nearly zero."""
+    l2: float = Field(default=0.0, ge=0)
+    """Penalty l2 / 2 * sum w^2 on the same weights. With sgd it is what weight_decay is; adamw's decay is another."""
+    clip: float = Field(default=0.0, ge=0)
+    """Longest gradient of all weights together, as a Euclidean norm; 0 is off."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Judge and keep the moving average of the weights that forgets 1 - ema with each update; 0 is off."""
+    schedule: Schedule = "cosine"
+    """See `training.schedules` for the formulas."""
+    decay: float | None = Field(default=None, gt=0)
+    """The factor of step, exponential and plateau (0.1, 0.9 and 0.1 when left out), the slope of inverse_time (1)."""
+    decay_epochs: int | None = Field(default=None, ge=1)
+    """Epochs between the steps of step (10 when left out), patience of plateau (3)."""
+    warmup: float = Field(default=0.0, ge=0)
+    """Epochs over which the rate rises to the schedule's first, in a line."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
+    """Weight of each class in the loss, 1 for those not named. balanced: images / (classes x images of the class)."""
     early_stopping: int = Field(default=0, ge=0)
     """Stop after this many epochs without a better `monitor`; 0 trains all epochs."""
     monitor: Literal["accuracy", "loss", "macro_f1"] = "accuracy"
@@ -85,6 +136,35 @@ class Train(_Section):
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 takes all that this process may use. Part of the run's identity: sums depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "fp32"
+    """Of activations and products; weights and their sums stay float32. fp16 scales the loss and needs a GPU."""
+    channels_last: bool = False
+    """Keep each pixel's channels side by side in memory: faster convolutions on most hardware."""
+    validation_images: int = Field(default=0, ge=0)
+    """Judge epochs on this many images of the validation split only; 0 takes all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_epochs(cls, values: Any) -> Any:
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(stages, list | tuple) or not all(isinstance(stage, dict) for stage in stages) or not stages:
+            return values
+        total = sum(stage.get("epochs", 1) for stage in stages if isinstance(stage.get("epochs", 1), int))
+        if values.get("epochs", total) != total:
+            raise ValueError(f"epochs is {values['epochs']} but the stages have {total}: leave epochs out")
+        return values | {"epochs": total}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.optimizer == "gradient_descent" and self.accumulate > 1:
+            raise ValueError("gradient_descent takes all images for an update: leave accumulate out")
+        if self.schedule != "inverse_time" and self.decay is not None and self.decay > 1:
+            raise ValueError(f"a decay of {self.decay:g} would raise the rate: {self.schedule} takes a factor up to 1")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"a warm-up of {self.warmup:g} epochs leaves nothing of {self.epochs}: shorten warmup")
+        if self.stages and self.stages[-1].image_size is not None:
+            raise ValueError("the last stage trains at the network's own size: leave its image_size out")
+        return self
 
 
 class Augment(_Section):
@@ -104,6 +184,20 @@ class Augment(_Section):
     """Largest shift of brightness in standard deviations of the data, both ways."""
     cutout: float = Field(default=0.0, ge=0, lt=1)
     """Side of one square blanked per image, as part of the image's side."""
+
+
+class Distil(_Section):
+    """Learn from the answers of a trained network too (see `training.compress.distil`); off without a teacher."""
+
+    teacher: str | None = None
+    """Folder of an artifact that was trained on the same classes, e.g. `artifacts/digits/1.0`."""
+    temperature: float = Field(default=4.0, gt=0)
+    """Divides the logits of both: higher shows more of what the teacher thinks of the wrong classes."""
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the teacher's answers; the labels have the rest."""
+    hints: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...], Field(strict=False)] = ()
+    """Pairs of layers, [student's, teacher's], whose features are drawn together through a learned projection."""
+    hint_weight: float = Field(default=1.0, ge=0)
 
 
 class Serve(_Section):
@@ -134,6 +228,7 @@ class Recipe(_Section):
     model: Model
     train: Train = Train()
     augment: Augment = Augment()
+    distil: Distil = Distil()
     serve: Serve = Serve()
 
     @model_validator(mode="after")
@@ -143,12 +238,13 @@ class Recipe(_Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result: all but the version number, where images lie (their digest counts), where pixels
-        are kept meanwhile and how often a checkpoint is written."""
+        """What decides the result: all but the version number, where images and teacher lie (their digests count),
+        where pixels are kept meanwhile and how often a checkpoint is written."""
         aside: dict[str, bool | set[str]] = {
             "version": True,
             "data": {"root", "memory_mib"},
             "train": {"checkpoint_minutes"},
+            "distil": {"teacher"} if self.distil.teacher else True,
         }
         return self.model_dump(mode="json", exclude=aside)
 
@@ -206,12 +302,28 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(path):
         raise RecipeError(f"--set {override}: not of the form key=value", remedy="e.g. --set train.epochs=5")
     table = values
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
         inner = table.setdefault(part, {})
+        if isinstance(inner, list) and depth < len(path) - 1:
+            inner = _items(inner, ".".join(path[:depth]), override)
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override}: '{part}' is a value, not a section", remedy="drop what follows it")
         table = inner
     table[path[-1]] = _value(path, text.strip())
+    if path[:2] == ["train", "stages"]:
+        # The recipe's own number of epochs was for its own stages.
+        values["train"].pop("epochs", None)
+
+
+def _items(items: list[Any], key: str, override: str) -> dict[str, Any]:
+    """A list's items by number, so that one of them can be reached like a section."""
+    numbered = {str(number): item for number, item in enumerate(items)}
+    number = override.removeprefix(f"{key}.").partition(".")[0]
+    if number not in numbered:
+        raise RecipeError(
+            f"--set {override}: there is no {key}.{number}", remedy=f"{key} has {len(items)} items, counted from 0"
+        )
+    return numbered
 
 
 def _value(path: list[str], text: str) -> object:
@@ -233,10 +345,14 @@ def _wants_text(path: list[str]) -> bool:
 
 
 def _keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterable[str]:
+    """Every key of a recipe; N stands for an item's number."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        inner, number = field.annotation, ""
+        if get_origin(inner) is tuple:
+            inner, number = get_args(inner)[0], "N."
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _keys(inner, f"{prefix}{name}.{number}")
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -249,22 +365,27 @@ def _explain(error: ValidationError) -> list[str]:
         if problem["type"] == "extra_forbidden":
             lines[f"unknown key '{key}'{_suggest(key, known)}"] = []
             continue
-        while key and key not in known:
+        while key and _unnumbered(key) not in known:
             key = key.rpartition(".")[0]
         text = problem["msg"].removeprefix("Value error, ")
-        lines.setdefault(key, []).append(text if problem["type"] == "missing" else f"{text} (got {problem['input']!r})")
+        whole = problem["type"] == "missing" or isinstance(problem["input"], dict)
+        lines.setdefault(key, []).append(text if whole else f"{text} (got {problem['input']!r})")
         if not key:
             lines[text] = lines.pop(key)[:0]
     return [f"{key}: {' or '.join(texts)}" if texts else key for key, texts in lines.items()]
 
 
+def _unnumbered(key: str) -> str:
+    return ".".join("N" if part.isdigit() else part for part in key.split("."))
+
+
 def _suggest(key: str, known: list[str]) -> str:
     section, _, word = key.rpartition(".")
-    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == _unnumbered(section)]
     near = closest(word, beside)
     if near:
         return near.replace("'", f"'{section}.", 1) if section else near
-    elsewhere = {name.rpartition(".")[2]: name for name in known}
+    elsewhere = {name.rpartition(".")[2]: name for name in reversed(known)}
     if word in elsewhere:
         return f", did you mean '{elsewhere[word]}'?"
     return f"; known here: {', '.join(beside)}" if beside else closest(key, known)

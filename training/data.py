@@ -119,7 +119,8 @@ class Dataset:
     classes: tuple[str, ...]
     preprocess: Preprocess
     x_NCHW: Tensor
-    """uint8; empty when only the splits were asked for."""
+    """uint8, as kept in memory: at the network's size, or at the images' own where that is smaller (see `pixels`);
+    empty when only the splits were asked for."""
     targets_N: Tensor
     """int64 class numbers."""
     rows: Mapping[Split, tuple[int, ...]]
@@ -127,6 +128,16 @@ class Dataset:
 
     def sizes(self) -> dict[str, int]:
         return {split: len(self.rows[split]) for split in SPLITS}
+
+    def pixels(self, rows: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """uint8 `[B, C, height, width]` of these rows, at the network's height and width or at `size`.
+
+        At the network's size these are the bits that `imaging.load` gives a worker.
+        """
+        height, width = size or (self.preprocess.height, self.preprocess.width)
+        # What is kept differs from the network's input by a stretch at most: cutting was done while decoding.
+        wanted = replace(self.preprocess, height=height, width=width, resize="stretch")
+        return imaging.fit(self.x_NCHW[rows], wanted)
 
     def samples(self, split: Split) -> Iterator[Sample]:
         """The split's images in its order, read from the source one by one."""
@@ -159,7 +170,8 @@ def prepare(
     has too few readable images.
     """
     preprocess = _geometry(surveyed.found, recipe)
-    images, keys, grey, x_NCHW, damaged = _decode(surveyed.found, preprocess, recipe, threads, report, store, keep)
+    kept = _kept_geometry(surveyed.found, preprocess)
+    images, keys, grey, x_NCHW, damaged = _decode(surveyed.found, kept, recipe, threads, report, store, keep)
     _check_classes(images, surveyed.classes, [*surveyed.skipped, *damaged], recipe)
     if recipe.data.channels == "auto" and grey:
         # A grey image has three equal channels after conversion, so one of them is what conversion to grey gives.
@@ -176,9 +188,8 @@ def prepare(
     )
     numbers = {label: number for number, label in enumerate(surveyed.classes)}
     targets_N = torch.tensor([numbers[one.entry.label] for one in images])
-    if keep:
-        preprocess = _with_statistics(preprocess, x_NCHW, rows["train"])
-    return Dataset(tuple(images), surveyed.classes, preprocess, x_NCHW, targets_N, rows, notes)
+    dataset = Dataset(tuple(images), surveyed.classes, preprocess, x_NCHW, targets_N, rows, notes)
+    return replace(dataset, preprocess=_with_statistics(dataset)) if keep else dataset
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -258,6 +269,14 @@ def _geometry(found: Sequence[Found], recipe: Recipe) -> Preprocess:
     )
 
 
+def _kept_geometry(found: Sequence[Found], preprocess: Preprocess) -> Preprocess:
+    """How images are kept in memory: as they are when a stretch only enlarges them, which each batch can do itself."""
+    width, height = found[0].size
+    if preprocess.resize == "stretch" and height <= preprocess.height and width <= preprocess.width:
+        return replace(preprocess, height=height, width=width)
+    return preprocess
+
+
 def _decode(
     found: Sequence[Found],
     preprocess: Preprocess,
@@ -307,11 +326,12 @@ def _allocate(count: int, shape: tuple[int, int, int], memory_mib: int, store: P
     return torch.from_file(str(store), shared=True, size=size, dtype=torch.uint8).view(count, *shape)
 
 
-def _with_statistics(preprocess: Preprocess, x_NCHW: Tensor, rows: Sequence[int]) -> Preprocess:
+def _with_statistics(dataset: Dataset) -> Preprocess:
     """Mean and standard deviation of the training split. Sums of integers, so that no rounding depends on order."""
+    preprocess = dataset.preprocess
     counts = torch.zeros((preprocess.channels, 256), dtype=torch.int64)
-    for start in range(0, len(rows), _BLOCK):
-        block = x_NCHW[list(rows[start : start + _BLOCK])]
+    for rows in torch.split(torch.tensor(dataset.rows["train"]), _BLOCK):
+        block = dataset.pixels(rows)
         for channel in range(preprocess.channels):
             counts[channel] += torch.bincount(block[:, channel].flatten(), minlength=256)
     levels = torch.arange(256, dtype=torch.float64) / 255

@@ -11,6 +11,8 @@ MarinaError                       handlerlib.errors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from handlerlib.errors import MarinaError
 
 
@@ -21,16 +23,22 @@ class RecipeError(MarinaError):
 
 
 class NumericFailure(RecipeError):
-    """The loss of one step is NaN or infinite."""
+    """The loss of one step, or a weight after it, is NaN or infinite."""
 
-    def __init__(self, *, epoch: int, step: int, learning_rate: float, loss: float, kept: str) -> None:
+    def __init__(
+        self, *, what: str, epoch: int, step: int, learning_rate: float, images: Sequence[str], kept: str
+    ) -> None:
+        more = f" and {len(images) - 3} more" if len(images) > 3 else ""
         super().__init__(
-            f"the loss became {loss} in epoch {epoch}, step {step} (learning rate {learning_rate:g}); {kept}",
-            remedy=f"train more gently, e.g. --set train.learning_rate={learning_rate / 10:g}",
+            f"{what} in epoch {epoch}, step {step} (learning rate {learning_rate:g},"
+            f" batch {', '.join(images[:3])}{more}); {kept}",
+            remedy=f"train more gently, e.g. --set train.learning_rate={learning_rate / 10:g} or --set train.clip=1",
         )
         self.epoch = epoch
         self.step = step
         self.learning_rate = learning_rate
+        self.images = tuple(images)
+        """Names of the batch's images, in order."""
 
 
 class RunBusy(RecipeError):

@@ -18,7 +18,6 @@ from handlerlib.spec import ModelSpec
 from training.data import Sample
 from training.progress import Report, Step
 
-_BATCH = 256
 _T = TypeVar("_T")
 
 
@@ -67,17 +66,37 @@ def evaluate(
     losses: list[float] = []
     network.eval()
     with ThreadPoolExecutor(threads) as pool:
-        for block in _blocks(samples):
-            images = pool.map(lambda sample: imaging.load(sample.data, spec.preprocess, spec.limits), block)
-            log_BK = _log_probabilities(
-                network, imaging.normalise(torch.stack(list(images)).to(device), spec.preprocess)
-            )
+        for block, x_BCHW in _decoded(samples, spec, pool):
+            log_BK = _log_probabilities(network, imaging.normalise(x_BCHW.to(device), spec.preprocess))
             for sample, log_K in zip(block, log_BK, strict=True):
                 best = int(log_K.argmax())
                 losses.append(-float(log_K[spec.labels.index(sample.label)]))
                 predictions.append(Prediction(sample.name, sample.label, spec.labels[best], float(log_K[best].exp())))
             report(Step("evaluate", len(predictions), total, ""))
     return _figures(spec.labels, predictions, float(np.mean(losses)))
+
+
+def _decoded(
+    samples: Iterable[Sample], spec: ModelSpec, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[Sample], Tensor]]:
+    """Blocks of samples and their pixels, the next one decoded while the caller works on this one."""
+
+    def load(sample: Sample) -> Tensor:
+        return imaging.load(sample.data, spec.preprocess, spec.limits)
+
+    ahead: tuple[list[Sample], Iterator[Tensor]] | None = None
+    for block in _blocks(samples, batch_size(spec.preprocess.height, spec.preprocess.width)):
+        started = block, pool.map(load, block)
+        if ahead is not None:
+            yield ahead[0], imaging.stack(list(ahead[1]))
+        ahead = started
+    if ahead is not None:
+        yield ahead[0], imaging.stack(list(ahead[1]))
+
+
+def batch_size(height: int, width: int) -> int:
+    """Images that are judged at once: few enough that the activations of large ones do not fill the memory."""
+    return max(8, min(256, 256 * 64 * 64 // (height * width)))
 
 
 @torch.no_grad()
@@ -114,7 +133,7 @@ def _figures(labels: Sequence[str], predictions: Sequence[Prediction], loss: flo
     )
 
 
-def _blocks(items: Iterable[_T]) -> Iterator[list[_T]]:
+def _blocks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     iterator = iter(items)
-    while block := list(itertools.islice(iterator, _BATCH)):
+    while block := list(itertools.islice(iterator, size)):
         yield block

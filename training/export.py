@@ -25,6 +25,7 @@ import torchvision
 from torch import nn
 
 from handlerlib import architectures, drift, imaging
+from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER
 from handlerlib.spec import (
     GOLDEN_FOLDER,
     SPEC_FILE,
@@ -46,6 +47,8 @@ HANDLER = "image_classifier"
 METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "MODEL_CARD.md"
+COMPRESSION_FILE = "compression.json"
+"""Of an artifact that was made from another one: all figures, with latencies, of the machine that made it."""
 
 _MOST_GOLDEN = 16
 _UNPUBLISHED = "0"
@@ -61,9 +64,14 @@ class Provenance:
     git_revision: str
     versions: dict[str, str]
     splits: dict[str, int]
+    compression: dict[str, Any] | None = None
+    """What the weights were made from beside data and recipe: a parent that was compressed, or a teacher."""
 
     def to_json(self) -> str:
-        return to_json(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        if self.compression is None:
+            del fields["compression"]
+        return to_json(fields)
 
 
 # ------------------------------------------------------------------------------------------------ into the run folder
@@ -133,7 +141,9 @@ def freeze(
     files.write_text(folder / SPEC_FILE, complete.to_json())
 
 
-def provenance(recipe: Recipe, run: str, data_digest: str, splits: Mapping[str, int]) -> Provenance:
+def provenance(
+    recipe: Recipe, run: str, data_digest: str, splits: Mapping[str, int], compression: dict[str, Any] | None = None
+) -> Provenance:
     """Everything that led to these weights; the root of the data is left out, its digest is in."""
     return Provenance(
         recipe=recipe.identity() | {"version": recipe.version},
@@ -142,6 +152,7 @@ def provenance(recipe: Recipe, run: str, data_digest: str, splits: Mapping[str, 
         git_revision=git_revision(),
         versions=versions(),
         splits=dict(splits),
+        compression=compression,
     )
 
 
@@ -197,7 +208,6 @@ def choose_version(artifacts: Path, name: str, wanted: str, run: str) -> str:
 def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
     """Copy a finished run to `artifacts/<name>/<version>/`, atomically. Raises TargetError when the run lacks a file."""
     draft = ModelSpec.load(run_folder)
-    spec = dataclasses.replace(draft, version=choose_version(artifacts, draft.name, version, run_folder.name))
     try:
         metrics = json.loads((run_folder / METRICS_FILE).read_text(encoding="utf-8"))
         came_from = Provenance(**json.loads((run_folder / PROVENANCE_FILE).read_text(encoding="utf-8")))
@@ -205,6 +215,7 @@ def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
         raise TargetError(
             f"{run_folder} is not a finished run: {error}", remedy="train it with the same recipe"
         ) from error
+    spec = dataclasses.replace(draft, version=choose_version(artifacts, draft.name, version, came_from.run))
     flat = {key: value for key, value in metrics.items() if isinstance(value, float)}
     target = artifacts / spec.name / spec.version
 
@@ -221,6 +232,11 @@ def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
         }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        for name in (COMPRESSION_FILE, ENGINE_FILE):
+            if (run_folder / name).exists():
+                shutil.copyfile(run_folder / name, folder / name)
+        if (run_folder / ENGINE_FILE).exists():
+            shutil.copytree(run_folder / ENGINE_FOLDER, folder / ENGINE_FOLDER)
 
     try:
         files.publish(target, fill)
@@ -257,7 +273,7 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         "## Data",
         "",
         f"Source `{recipe['data']['source']}`, {count} images: {sizes['train']} trained on, {sizes['validation']} used"
-        f" to choose epoch {metrics['best_epoch']:.0f}, {sizes['test']} held out for the figures below. No image is on two"
+        f" to choose {_chosen(metrics)}, {sizes['test']} held out for the figures below. No image is on two"
         " sides, copies included.",
         "",
         "## Figures on the test split",
@@ -278,6 +294,7 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         ),
         "",
         *_confusions(spec.labels, metrics["confusion_matrix"]),
+        *_ancestry(came_from.compression),
         "## What it takes",
         "",
         f"{', '.join(imaging.FORMATS)}; at most {spec.limits.max_bytes} bytes and {spec.limits.max_pixels} pixels"
@@ -314,6 +331,42 @@ def _confusions(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[
     )
     worst = [f"{labels[row]} taken for {labels[column]} ({-count})" for count, row, column in mistakes[:5] if count]
     return [f"Most frequent mistakes: {', '.join(worst)}.", ""] if worst else []
+
+
+def _chosen(metrics: Mapping[str, Any]) -> str:
+    return f"epoch {metrics['best_epoch']:.0f}" if "best_epoch" in metrics else "the form"
+
+
+def _ancestry(compression: Mapping[str, Any] | None) -> list[str]:
+    """What this model was made from, when it was not trained on the labels alone."""
+    if compression is None:
+        return []
+    if "parent" not in compression:
+        teacher = compression["teacher"]
+        return ["## Teacher", "", f"It learned from the answers of {teacher['name']} {teacher['version']} too.", ""]
+    parent, size, whole = compression["parent"], compression["size"], compression["parent_size"]
+    test = compression["test"]
+    return [
+        "## Compression",
+        "",
+        f"Made from {parent['name']} {parent['version']}: {compression['description']}. On {test['images']} test images"
+        f" {test['before']:.2f} % of the answers were right before and {test['after']:.2f} % are now: a loss of"
+        f" {test['loss']:+.2f} points (95 % interval {test['low']:+.2f} to {test['high']:+.2f}).",
+        "",
+        "| | parent | this |",
+        "|---|---|---|",
+        *(
+            f"| {label} | {whole[key]:,} | {size[key]:,} |"
+            for key, label in (
+                ("weights_bytes", "weights (bytes)"),
+                ("compressed_bytes", "weights, deflated (bytes)"),
+                ("parameters", "parameters"),
+                ("nonzero", "parameters that are not 0"),
+                ("multiply_adds", "multiply-adds per image"),
+            )
+        ),
+        "",
+    ]
 
 
 def _resizing(shape: Preprocess) -> str:

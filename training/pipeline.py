@@ -29,6 +29,8 @@ from handlerlib.errors import SpecError
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from training import data, files, plots
 from training import export as exporting
+from training.compress import distil
+from training.compress.distil import Teacher
 from training.config import Recipe, parse
 from training.data import Dataset, Sample, Survey
 from training.errors import DataError, Interrupted, RunBusy, TargetError
@@ -44,6 +46,7 @@ from training.train import (
     choose_threads,
     fit,
     reproducible,
+    start_network,
 )
 
 __all__ = ["Evaluation", "Sample", "Step", "Trained", "evaluate", "export", "test_samples", "train"]
@@ -75,19 +78,20 @@ def train(recipe: Recipe, *, runs: Path, artifacts: Path, report: Report, again:
     try:
         with reproducible(threads):
             surveyed = data.survey(recipe, threads=threads, report=report)
-            run = runs / run_id(recipe, surveyed, threads)
+            teacher = _teacher(recipe, surveyed)
+            run = runs / run_id(recipe, surveyed, threads, teacher)
             # Asked before any work: a version that is taken must not cost a training.
             exporting.choose_version(artifacts, recipe.name, recipe.version, run.name)
             run.mkdir(parents=True, exist_ok=True)
-            with _only_one(run):
+            with only_one(run):
                 if again:
                     _empty(run)
                 reused = (run / PROVENANCE_FILE).exists()
                 files.write_text(run / RECIPE_FILE, exporting.to_json(recipe.model_dump(mode="json")))
                 if not reused:
-                    _run(recipe, surveyed, run, threads, report)
+                    _run(recipe, surveyed, run, threads, report, teacher)
                 artifact = exporting.publish(run, artifacts, recipe.version)
-                return Trained(run, artifact, _flat(_read_json(run / METRICS_FILE)), reused)
+                return Trained(run, artifact, _flat(read_json(run / METRICS_FILE)), reused)
     except KeyboardInterrupt:
         raise Interrupted("stopped; what was saved is kept") from None
 
@@ -98,8 +102,8 @@ def evaluate(target: Path, *, report: Report = silent, root: str | Path | None =
     `root` says where the data lies now, when not where it was. Raises TargetError for another kind of folder and
     DataError when the data is not what the model was trained on.
     """
-    spec = _load_spec(target)
-    dataset, recipe = _rebuild(target, root, report)
+    spec = load_spec(target)
+    dataset, recipe = rebuild(target, root, report)
     threads = choose_threads(recipe.train)
     try:
         with reproducible(threads):
@@ -114,19 +118,24 @@ def export(run: Path, *, artifacts: Path, version: str | None = None) -> Path:
     """Publish a finished run (again), by default under the version its recipe asks for."""
     if not (run / PROVENANCE_FILE).exists() or not (run / RECIPE_FILE).exists():
         raise TargetError(f"{run} is not a finished run", remedy="train it first; runs lie in runs/")
-    recipe = parse(_read_json(run / RECIPE_FILE), where=f"{run / RECIPE_FILE}")
+    recipe = parse(read_json(run / RECIPE_FILE), where=f"{run / RECIPE_FILE}")
     return exporting.publish(run, artifacts, version or recipe.version)
 
 
 def test_samples(target: Path, *, root: str | Path | None = None) -> Iterator[Sample]:
     """The test split of a finished run or artifact, as encoded images in evaluation's order. Raises as `evaluate`."""
-    dataset, _ = _rebuild(target, root, silent)
-    return dataset.samples("test")
+    return splits(target, root=root).samples("test")
 
 
-def run_id(recipe: Recipe, surveyed: Survey, threads: int) -> str:
+def splits(target: Path, *, root: str | Path | None = None, report: Report = silent) -> Dataset:
+    """How a finished run's or artifact's images were divided, without their pixels. Raises as `evaluate`."""
+    return rebuild(target, root, report)[0]
+
+
+def run_id(recipe: Recipe, surveyed: Survey, threads: int, teacher: Teacher | None = None) -> str:
     """`<name>-<8 hex digits>` of all that decides the result."""
     identity = {
+        **({"teacher": teacher.digest} if teacher else {}),
         "recipe": recipe.identity(),
         "data": surveyed.digest,
         "code": exporting.code_digest(),
@@ -141,7 +150,13 @@ def run_id(recipe: Recipe, surveyed: Survey, threads: int) -> str:
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def _run(recipe: Recipe, surveyed: Survey, run: Path, threads: int, report: Report) -> None:
+def _teacher(recipe: Recipe, surveyed: Survey) -> Teacher | None:
+    return distil.load_teacher(Path(recipe.distil.teacher), surveyed.classes) if recipe.distil.teacher else None
+
+
+def _run(
+    recipe: Recipe, surveyed: Survey, run: Path, threads: int, report: Report, teacher: Teacher | None = None
+) -> None:
     """Everything between an empty (or interrupted) run folder and a finished one."""
     store = run / _PIXELS_FILE
     try:
@@ -149,14 +164,32 @@ def _run(recipe: Recipe, surveyed: Survey, run: Path, threads: int, report: Repo
         for line in dataset.notes.lines():
             report(Step("decode", 0, 0, line))
         files.write_text(run / DATA_REPORT_FILE, exporting.to_json(_data_report(dataset, surveyed)))
-        fitted = fit(dataset, recipe, run, report=report)
+        fitted = _fit(dataset, recipe, run, report, teacher)
     finally:
         store.unlink(missing_ok=True)
-    _finish(recipe, dataset, surveyed, fitted, run, threads, report)
+    _finish(recipe, dataset, surveyed, fitted, run, threads, report, teacher)
+
+
+def _fit(dataset: Dataset, recipe: Recipe, run: Path, report: Report, teacher: Teacher | None) -> Fitted:
+    """Train on the labels, or with a teacher on its answers too."""
+    if teacher is None:
+        return fit(dataset, recipe, run, report=report)
+    shape = architecture(dataset, recipe)
+    student = start_network(shape, recipe.model, recipe.seed, report=report)
+    learner, loss = distil.prepare(student, shape, dataset.preprocess, teacher, recipe.distil)
+    fitted = fit(dataset, recipe, run, report=report, network=learner, loss=loss)
+    return dataclasses.replace(fitted, weights=distil.student_weights(fitted.weights))
 
 
 def _finish(
-    recipe: Recipe, dataset: Dataset, surveyed: Survey, fitted: Fitted, run: Path, threads: int, report: Report
+    recipe: Recipe,
+    dataset: Dataset,
+    surveyed: Survey,
+    fitted: Fitted,
+    run: Path,
+    threads: int,
+    report: Report,
+    teacher: Teacher | None = None,
 ) -> None:
     """Judge the best epoch and write what the artifact is made of; `provenance.json` comes last and means done."""
     spec = exporting.draft_spec(recipe, architecture(dataset, recipe), dataset.preprocess, dataset.classes)
@@ -171,7 +204,8 @@ def _finish(
     accuracy = f"{title}: {judged.metrics['test_accuracy']:.2%} of {total} test images"
     plots.confusion(judged, run / "confusion_matrix.png", title=accuracy)
     files.write_text(run / METRICS_FILE, exporting.to_json(_metrics(judged, fitted, dataset)))
-    origin = exporting.provenance(recipe, run.name, surveyed.digest, dataset.sizes())
+    taught = None if teacher is None else {"method": "distillation", "teacher": teacher.identity()}
+    origin = exporting.provenance(recipe, run.name, surveyed.digest, dataset.sizes(), taught)
     files.write_text(run / PROVENANCE_FILE, origin.to_json())
     (run / CHECKPOINT).unlink(missing_ok=True)
     report(Step("export", 1, 1, ""))
@@ -212,7 +246,8 @@ def _flat(metrics: dict[str, Any]) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------- folders of results
 
 
-def _load_spec(target: Path) -> ModelSpec:
+def load_spec(target: Path) -> ModelSpec:
+    """The spec of a finished run or an artifact. Raises TargetError for any other folder."""
     if not (target / PROVENANCE_FILE).exists() or not (target / SPEC_FILE).exists():
         raise TargetError(
             f"{target} is neither a finished run nor an artifact",
@@ -224,11 +259,16 @@ def _load_spec(target: Path) -> ModelSpec:
         raise TargetError(f"{target}: {error}", remedy="train or export again") from error
 
 
-def _rebuild(target: Path, root: str | Path | None, report: Report) -> tuple[Dataset, Recipe]:
-    """The splits that the target was trained on, without pixels."""
-    _load_spec(target)
-    origin = _read_json(target / PROVENANCE_FILE)
-    recipe = _recorded_recipe(target, origin, root)
+def rebuild(
+    target: Path, root: str | Path | None, report: Report, *, store: Path | None = None, keep: bool = False
+) -> tuple[Dataset, Recipe]:
+    """The splits that a run or artifact was trained on, and its recipe; with `keep` the pixels too (see `prepare`).
+
+    Raises TargetError and DataError as `evaluate` does.
+    """
+    load_spec(target)
+    origin = read_json(target / PROVENANCE_FILE)
+    recipe = recorded_recipe(target, origin, root)
     threads = choose_threads(recipe.train)
     with reproducible(threads):
         surveyed = data.survey(recipe, threads=threads, report=report)
@@ -238,23 +278,24 @@ def _rebuild(target: Path, root: str | Path | None, report: Report) -> tuple[Dat
                 f" their digest is {surveyed.digest[:16]}, recorded is {str(origin.get('data_digest'))[:16]}",
                 remedy="restore the data, point to the right folder, or train again",
             )
-        return data.prepare(surveyed, recipe, threads=threads, report=report, keep=False), recipe
+        return data.prepare(surveyed, recipe, threads=threads, report=report, store=store, keep=keep), recipe
 
 
-def _recorded_recipe(target: Path, origin: dict[str, Any], root: str | Path | None) -> Recipe:
+def recorded_recipe(target: Path, origin: dict[str, Any], root: str | Path | None) -> Recipe:
     """The recipe of a run or artifact, with the place of the data as given, or as the run beside it knows it."""
     values: dict[str, Any] = dict(origin["recipe"])
     if root is None:
         beside = target.resolve().parents[2] / "runs" / str(origin["run"]) / RECIPE_FILE
         for path in (target / RECIPE_FILE, beside):
             if path.exists():
-                root = _read_json(path)["data"]["root"]
+                root = read_json(path)["data"]["root"]
                 break
     values["data"] = dict(values["data"]) | {"root": None if root is None else str(root)}
     return parse(values, where=f"{target / PROVENANCE_FILE}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that a run wrote. Raises TargetError when it is missing or damaged."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -263,7 +304,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _only_one(run: Path) -> Iterator[None]:
+def only_one(run: Path) -> Iterator[None]:
     """Hold the run folder for this process; the lock goes with the process, however it ends."""
     with (run / _LOCK_FILE).open("w") as lock:
         try:

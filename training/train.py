@@ -7,225 +7,177 @@ run stopped after any step and resumed ends with the same bits as one that was n
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import math
-import os
 import signal
 import threading
 import time
 import types
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sklearn.metrics import f1_score
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from handlerlib import architectures, imaging
-from handlerlib.errors import SpecError
-from handlerlib.spec import Architecture
-from training import files
+from handlerlib import imaging
+from training import files, learner, schedules, stages, state
 from training.augment import augment
-from training.config import Model, Recipe, Train
+from training.config import Recipe, Train
 from training.data import Dataset
-from training.errors import Interrupted, NumericFailure, RecipeError
+from training.errors import Interrupted, NumericFailure
+from training.evaluate import batch_size
+from training.learner import Learner
+from training.losses import Loss
+from training.machine import choose_device, choose_threads, reproducible
+from training.networks import architecture, start_network
 from training.progress import Report, Step
+from training.schedules import Position
+from training.seeds import derive, generator
+from training.stages import Phase
+from training.state import BEST_SO_FAR, CHECKPOINT, State, Weights
 
-CHECKPOINT = "checkpoint.pt"
+__all__ = [
+    "BEST_SO_FAR",
+    "CHECKPOINT",
+    "HISTORY",
+    "Fitted",
+    "Loss",
+    "Weights",
+    "architecture",
+    "choose_device",
+    "choose_threads",
+    "derive",
+    "fit",
+    "reproducible",
+    "start_network",
+]
+
 HISTORY = "history.jsonl"
-BEST_SO_FAR = "best_so_far.pt"
-
-_EVALUATION_BATCH = 256
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What training found. `weights` are those of the best epoch, on the CPU."""
+    """What training found. `weights` are those of the best epoch of the last stage, on the CPU."""
 
     weights: Weights
     best_epoch: int
     history: tuple[dict[str, float], ...]
 
 
-def fit(dataset: Dataset, recipe: Recipe, folder: Path, *, report: Report) -> Fitted:
+def fit(
+    dataset: Dataset,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    report: Report,
+    network: nn.Module | None = None,
+    loss: Loss | None = None,
+) -> Fitted:
     """Train, or go on from the checkpoint in `folder`, until the epochs are done or nothing improves any more.
+
+    `network` takes the place of the recipe's own, weights included; `loss` that of the cross entropy.
 
     Call it inside `reproducible`. Raises NumericFailure when the loss stops being a number and Interrupted, with a
     checkpoint written, on SIGINT or when `report` raises KeyboardInterrupt.
     """
-    device = choose_device(recipe.train)
-    network = start_network(architecture(dataset, recipe), recipe.model, recipe.seed, report=report).to(device)
-    optimizer = _optimizer(network, recipe.train)
-    state = _State()
-    checkpoint = _read_checkpoint(folder / CHECKPOINT, report)
-    if checkpoint is not None:
-        state = _restore(checkpoint, network, optimizer)
-        report(Step("train", 0, 0, f"resuming in epoch {state.epoch + 1} after step {state.step}"))
-    batches = _batch_count(len(dataset.rows["train"]), recipe.train.batch_size)
+    pupil = learner.start(dataset, recipe, report, network, loss)
+    now = state.restore(folder, pupil, report)
     saved_at = time.monotonic()
     with _interrupts() as interrupted:
-        while not state.finished(recipe.train):
-            for rows in _batches(dataset, recipe, state.epoch)[state.step :]:
-                _train_step(network, optimizer, dataset, rows, recipe, state, batches)
-                stop = _tell(report, state, recipe.train, batches) or interrupted.is_set()
+        while now.stage < len(pupil.phases):
+            batches = _batches(dataset, pupil.phases[now.stage], recipe.seed, now.epoch)
+            while now.step < len(batches):
+                _train_step(pupil, dataset, batches, recipe, now)
+                stop = _tell(report, now, recipe.train, pupil.phases) or interrupted.is_set()
                 if stop or time.monotonic() - saved_at > 60 * recipe.train.checkpoint_minutes:
-                    state.save(folder, network, optimizer)
+                    _save(pupil, dataset, batches[now.step - 1], now, folder)
                     saved_at = time.monotonic()
                 if stop:
-                    raise Interrupted(f"stopped in epoch {state.epoch + 1}, step {state.step}; saved in {folder}")
-            _end_epoch(network, dataset, recipe, state, folder)
-        state.save(folder, network, optimizer)
+                    raise Interrupted(f"stopped in epoch {now.epoch + 1}, step {now.step}; saved in {folder}")
+            _end_epoch(pupil, dataset, batches[-1], recipe, now, folder)
+        state.save(now, pupil, folder)
     (folder / BEST_SO_FAR).unlink(missing_ok=True)
-    return Fitted(state.best, state.best_epoch, tuple(state.history))
-
-
-def architecture(dataset: Dataset, recipe: Recipe) -> Architecture:
-    """The recipe's network for this data's channels, size and classes."""
-    shape = dataset.preprocess
-    return Architecture(
-        name=recipe.model.architecture,
-        channels=shape.channels,
-        height=shape.height,
-        width=shape.width,
-        classes=len(dataset.classes),
-        dropout=recipe.model.dropout,
-    )
-
-
-def start_network(shape: Architecture, model: Model, seed: int, *, report: Report) -> nn.Module:
-    """A network with seeded random weights, or torchvision's where wanted. Raises RecipeError when it cannot be had."""
-    torch.manual_seed(derive(seed, "weights"))
-    try:
-        network = architectures.build(shape)
-    except SpecError as error:
-        raise RecipeError(str(error), remedy="change model.architecture, data.image_size or model.dropout") from error
-    if model.pretrained:
-        taken, total = _take_pretrained(network, shape.name)
-        report(Step("train", 0, 0, f"{taken} of {total} tensors start from torchvision's pretrained {shape.name}"))
-    return network
-
-
-def choose_device(train: Train) -> torch.device:
-    """Raises RecipeError when the recipe insists on a GPU that is not there."""
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("train.device is cuda, but torch sees no GPU", remedy="--set train.device=auto")
-    return torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_threads(train: Train) -> int:
-    return train.threads or len(os.sched_getaffinity(0))
-
-
-@contextlib.contextmanager
-def reproducible(threads: int) -> Iterator[None]:
-    """Deterministic algorithms, a fixed number of threads and private random state; all as before afterwards."""
-    # Read when CUDA starts; without it cuBLAS may sum in another order each time.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    threads_before = torch.get_num_threads()
-    deterministic_before = torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # Some GPU kernels have no deterministic form; we take what there is.
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic_before)
-        torch.set_num_threads(threads_before)
-
-
-def learning_rate(train: Train, step: int, total: int) -> float:
-    """The rate of step 0 .. total - 1. A function of the position alone, so there is no schedule to save."""
-    if train.schedule == "constant":
-        return train.learning_rate
-    if train.schedule == "cosine":
-        return train.learning_rate * _half_cosine(step / total)
-    # One cycle (Smith & Topin, 2018): 30 % of the steps up from 1/25 of the peak, then down to 1/10,000 of that.
-    peak, start = train.learning_rate, train.learning_rate / 25
-    rise = 0.3 * total
-    if step < rise:
-        return peak + (start - peak) * _half_cosine(step / rise)
-    end = start / 10_000
-    return end + (peak - end) * _half_cosine((step - rise) / max(total - 1 - rise, 1))
-
-
-def derive(seed: int, *position: object) -> int:
-    """An independent seed for one purpose and position."""
-    digest = hashlib.sha256(repr((seed, *position)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return Fitted(now.best, now.best_epoch, tuple(now.history))
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-def _train_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    dataset: Dataset,
-    rows: Tensor,
-    recipe: Recipe,
-    state: _State,
-    batches: int,
-) -> None:
-    device = next(network.parameters()).device
-    rate = learning_rate(recipe.train, state.epoch * batches + state.step, recipe.train.epochs * batches)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    x_BCHW = imaging.normalise(dataset.x_NCHW[rows].to(device), dataset.preprocess)
-    x_BCHW = augment(x_BCHW, recipe.augment, _generator(recipe.seed, "augment", state.epoch, state.step))
-    targets_B = dataset.targets_N[rows].to(device)
+def _train_step(pupil: Learner, dataset: Dataset, batches: Sequence[Tensor], recipe: Recipe, now: State) -> None:
+    """Learn from the next batch; update the weights when it is the last of its group."""
+    phase, rows = pupil.phases[now.stage], batches[now.step]
+    x_BCHW = imaging.normalise(dataset.pixels(rows, phase.size).to(pupil.device), dataset.preprocess)
+    x_BCHW = augment(x_BCHW, recipe.augment, generator(recipe.seed, "augment", now.epoch, now.step))
+    targets_B = dataset.targets_N[rows].to(pupil.device)
     # Dropout and stochastic depth draw from torch's own generator.
-    torch.manual_seed(derive(recipe.seed, "network", state.epoch, state.step))
-    logits_BK = network.train()(x_BCHW)
-    loss = F.cross_entropy(logits_BK, targets_B, label_smoothing=recipe.train.label_smoothing)
-    value = float(loss.detach())
+    torch.manual_seed(derive(recipe.seed, "network", now.epoch, now.step))
+    stages.enter(pupil.network, phase.stage.freeze)
+    with pupil.precise():
+        loss, logits_BK = pupil.loss(pupil.network, pupil.input(x_BCHW), targets_B)
+    value, rate = float(loss.detach()), _rate(recipe.train, pupil.phases, now)
     if not math.isfinite(value):
-        raise NumericFailure(
-            epoch=state.epoch + 1, step=state.step + 1, learning_rate=rate, loss=value, kept=state.what_is_kept()
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    state.add(value, int((logits_BK.argmax(dim=1) == targets_B).sum()), len(rows), rate)
+        raise _failure(f"the loss became {value}", dataset, rows, now, now.step + 1, rate)
+    first = now.step - now.step % phase.accumulate
+    group = batches[first : first + phase.accumulate]
+    # A batch counts by its images, so that a group's gradient is that of one large batch.
+    pupil.backward(loss * (len(rows) / sum(map(len, group))))
+    if now.step == first + len(group) - 1:
+        pupil.update(rate)
+    now.add(value, int((logits_BK.argmax(dim=1) == targets_B).sum()), len(rows), rate)
 
 
-def _end_epoch(network: nn.Module, dataset: Dataset, recipe: Recipe, state: _State, folder: Path) -> None:
-    """Judge the epoch on the validation split; keep its weights when they are the best so far."""
-    record = state.record() | _validate(network, dataset)
-    value = record[f"validation_{recipe.train.monitor}"]
-    rank = (-value if recipe.train.monitor == "loss" else value, -record["validation_loss"])
+def _rate(train: Train, phases: tuple[Phase, ...], now: State) -> float:
+    """The learning rate at this position, of the stage's own schedule or of the one over all stages."""
+    phase = phases[now.stage]
+    update = now.epoch_in_stage * phase.updates_per_epoch + now.step // phase.accumulate
+    part = (now.step // phase.accumulate) / phase.updates_per_epoch
+    warmup = round(train.warmup * phases[0].updates_per_epoch)
+    judged = [_worth(train, line) for line in now.history[len(now.history) - now.epoch_in_stage :]]
+    if phase.stage.schedule is None:
+        total = sum(one.updates for one in phases)
+        position = Position(phase.first_update + update, total, now.epoch + part, judged)
+    else:
+        warmup = warmup if now.stage == 0 else 0
+        position = Position(update, phase.updates, now.epoch_in_stage + part, judged)
+    rate = schedules.learning_rate(train, position, warmup=warmup, schedule=phase.stage.schedule)
+    return phase.stage.learning_rate * rate
+
+
+def _worth(train: Train, record: dict[str, float]) -> float:
+    """What the recipe's monitor says of an epoch; more is better."""
+    value = record[f"validation_{train.monitor}"]
+    return -value if train.monitor == "loss" else value
+
+
+def _end_epoch(pupil: Learner, dataset: Dataset, rows: Tensor, recipe: Recipe, now: State, folder: Path) -> None:
+    """Judge the epoch, whose last batch was `rows`, on the validation split; keep its weights when they are the best."""
+    record = now.record() | _validate(pupil, dataset, recipe.train, pupil.phases[now.stage].size)
+    rank = (_worth(recipe.train, record), -record["validation_loss"])
     if not all(map(math.isfinite, rank)):
-        raise NumericFailure(
-            epoch=state.epoch + 1,
-            step=state.step,
-            learning_rate=record["learning_rate"],
-            loss=record["validation_loss"],
-            kept=state.what_is_kept(),
-        )
-    state.close_epoch(record, rank, network)
-    files.write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in state.history))
-    if state.best_epoch == state.epoch:
-        files.write(folder / BEST_SO_FAR, lambda path: torch.save(state.best, path))
+        what = f"the validation loss became {record['validation_loss']}"
+        raise _failure(what, dataset, rows, now, now.step, now.rate)
+    now.close_epoch(record, rank, pupil.judged.state_dict())
+    files.write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in now.history))
+    if now.best_epoch == now.epoch:
+        files.write(folder / BEST_SO_FAR, lambda path: torch.save(now.best, path))
+    now.close_stage(recipe.train, pupil.phases)
 
 
 @torch.no_grad()
-def _validate(network: nn.Module, dataset: Dataset) -> dict[str, float]:
-    device = next(network.parameters()).device
-    network.eval()
+def _validate(pupil: Learner, dataset: Dataset, train: Train, size: tuple[int, int]) -> dict[str, float]:
+    network = pupil.judged.eval()
     loss = 0.0
     predicted: list[int] = []
-    rows = torch.tensor(dataset.rows["validation"])
-    for part in torch.split(rows, _EVALUATION_BATCH):
-        logits_BK = network(imaging.normalise(dataset.x_NCHW[part].to(device), dataset.preprocess))
-        loss += float(F.cross_entropy(logits_BK, dataset.targets_N[part].to(device), reduction="sum"))
+    # The split is in an order drawn at random, so its first images are a fair sample of it.
+    rows = torch.tensor(dataset.rows["validation"])[: train.validation_images or None]
+    for part in torch.split(rows, batch_size(*size)):
+        x_BCHW = imaging.normalise(dataset.pixels(part, size).to(pupil.device), dataset.preprocess)
+        with pupil.precise():
+            logits_BK = network(pupil.input(x_BCHW)).float()
+        loss += float(F.cross_entropy(logits_BK, dataset.targets_N[part].to(pupil.device), reduction="sum"))
         predicted += logits_BK.argmax(dim=1).tolist()
     true = dataset.targets_N[rows].tolist()
     right = sum(guess == truth for guess, truth in zip(predicted, true, strict=True))
@@ -236,159 +188,50 @@ def _validate(network: nn.Module, dataset: Dataset) -> dict[str, float]:
     }
 
 
-def _tell(report: Report, state: _State, train: Train, batches: int) -> bool:
+def _save(pupil: Learner, dataset: Dataset, rows: Tensor, now: State, folder: Path) -> None:
+    """Write a checkpoint. Raises NumericFailure instead when the weights are spoilt: the one before stays."""
+    if not pupil.finite():
+        raise _failure("a weight became infinite or NaN", dataset, rows, now, now.step, now.rate)
+    state.save(now, pupil, folder)
+
+
+def _failure(what: str, dataset: Dataset, rows: Tensor, now: State, step: int, rate: float) -> NumericFailure:
+    return NumericFailure(
+        what=what,
+        epoch=now.epoch + 1,
+        step=step,
+        learning_rate=rate,
+        images=[dataset.images[row].entry.name for row in rows.tolist()],
+        kept=now.what_is_kept(),
+    )
+
+
+def _tell(report: Report, now: State, train: Train, phases: tuple[Phase, ...]) -> bool:
     """Report the position; true when the one who listens wants to stop."""
-    note = f"epoch {state.epoch + 1}/{train.epochs}  loss {state.loss_sum / state.seen:.3f}"
-    if state.history:
-        last = state.history[-1]
+    note = f"epoch {now.epoch + 1}/{train.epochs}  loss {now.loss_sum / now.seen:.3f}"
+    phase = phases[now.stage]
+    if train.stages:
+        height, width = phase.size
+        note = f"stage {now.stage + 1}/{len(phases)} ({width}x{height})  {note}"
+    if now.history:
+        last = now.history[-1]
         note += f"  validation {train.monitor.replace('_', ' ')} {last[f'validation_{train.monitor}']:.4f}"
     try:
-        report(Step("train", state.epoch * batches + state.step, train.epochs * batches, note))
+        done = phase.first_step + now.epoch_in_stage * phase.batches + now.step
+        report(Step("train", done, sum(one.steps for one in phases), note))
     except KeyboardInterrupt:
         return True
     return False
 
 
-# ------------------------------------------------------------------------------------------------- order and optimiser
-
-
-def _batches(dataset: Dataset, recipe: Recipe, epoch: int) -> list[Tensor]:
+def _batches(dataset: Dataset, phase: Phase, seed: int, epoch: int) -> list[Tensor]:
     """The epoch's rows in batches. A last batch of one joins the one before: batch norm cannot learn from one image."""
     rows = torch.tensor(dataset.rows["train"])
-    shuffled = rows[torch.randperm(len(rows), generator=_generator(recipe.seed, "order", epoch))]
-    parts = list(torch.split(shuffled, recipe.train.batch_size))
+    shuffled = rows[torch.randperm(len(rows), generator=generator(seed, "order", epoch))]
+    parts = list(torch.split(shuffled[: phase.images], phase.batch_size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
-
-
-def _batch_count(images: int, batch_size: int) -> int:
-    return max(1, math.ceil(images / batch_size) - (images % batch_size == 1))
-
-
-def _generator(seed: int, *position: object) -> Generator:
-    return Generator().manual_seed(derive(seed, *position))
-
-
-def _optimizer(network: nn.Module, train: Train) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.learning_rate)
-    return torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.momentum, nesterov=train.momentum > 0)
-
-
-def _half_cosine(position: float) -> float:
-    """1 at 0, falling to 0 at 1."""
-    return 0.5 * (1 + math.cos(math.pi * min(position, 1.0)))
-
-
-def _take_pretrained(network: nn.Module, name: str) -> tuple[int, int]:
-    """Copy torchvision's DEFAULT weights where name and shape match; how many of how many tensors."""
-    import torchvision
-
-    try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-    except (ValueError, AttributeError) as error:
-        raise RecipeError(
-            f"there are no pretrained weights for '{name}'", remedy="--set model.pretrained=false"
-        ) from error
-    try:
-        given = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise RecipeError(
-            f"the pretrained weights of '{name}' cannot be fetched from {weights.url}: {error}",
-            remedy="connect to the internet, or --set model.pretrained=false",
-        ) from error
-    own = network.state_dict()
-    fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
-    network.load_state_dict(fitting, strict=False)
-    return len(fitting), len(own)
-
-
-# ------------------------------------------------------------------------------------------------------ state on disk
-
-
-@dataclass(slots=True)
-class _State:
-    """Where training stands; with weights and optimiser it is the whole checkpoint."""
-
-    epoch: int = 0
-    """Epochs done."""
-    step: int = 0
-    """Steps done in the current epoch."""
-    loss_sum: float = 0.0
-    correct: int = 0
-    seen: int = 0
-    rate: float = 0.0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: Weights = field(default_factory=dict)
-    best_epoch: int = 0
-    best_rank: list[float] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-
-    def add(self, loss: float, correct: int, images: int, rate: float) -> None:
-        self.loss_sum += loss * images
-        self.correct += correct
-        self.seen += images
-        self.rate = rate
-        self.step += 1
-
-    def record(self) -> dict[str, float]:
-        """The epoch's line of the history."""
-        return {
-            "epoch": self.epoch + 1,
-            "learning_rate": self.rate,
-            "train_loss": self.loss_sum / self.seen,
-            "train_accuracy": self.correct / self.seen,
-            "seconds": round(self.seconds + time.monotonic() - self.began, 3),
-        }
-
-    def close_epoch(self, record: dict[str, float], rank: tuple[float, float], network: nn.Module) -> None:
-        self.history.append(record)
-        self.epoch += 1
-        self.step, self.loss_sum, self.correct, self.seen, self.seconds = 0, 0.0, 0, 0, 0.0
-        self.began = time.monotonic()
-        if list(rank) > self.best_rank:
-            self.best_rank, self.best_epoch = list(rank), self.epoch
-            self.best = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
-
-    def finished(self, train: Train) -> bool:
-        patience = train.early_stopping
-        return self.epoch >= train.epochs or bool(patience and self.epoch - self.best_epoch >= patience)
-
-    def what_is_kept(self) -> str:
-        return f"the weights of epoch {self.best_epoch} are kept in {BEST_SO_FAR}" if self.best else "no epoch was done"
-
-    def save(self, folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        now = time.monotonic()
-        self.seconds, self.began = self.seconds + now - self.began, now
-        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "began"}
-        content = {"state": values, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        files.write(folder / CHECKPOINT, lambda path: torch.save(content, path))
-
-
-def _read_checkpoint(path: Path, report: Report) -> dict[str, Any] | None:
-    """None when there is none, or when it is damaged: training anew is always right."""
-    if not path.exists():
-        return None
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a torn or foreign file raises anything
-        report(Step("train", 0, 0, f"{path} is damaged ({type(error).__name__}): starting from the beginning"))
-        return None
-    return content
-
-
-def _restore(content: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
-    network.load_state_dict(content["network"])
-    optimizer.load_state_dict(content["optimizer"])
-    return _State(**content["state"])
 
 
 @contextlib.contextmanager

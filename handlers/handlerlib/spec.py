@@ -22,6 +22,23 @@ SCHEMA_VERSION = 1
 SPEC_FILE = "model_spec.json"
 WEIGHTS_FILE = "weights.safetensors"
 GOLDEN_FOLDER = "golden"
+_T = typing.TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Width:
+    """One layer of a pruned network that is narrower than the architecture's own."""
+
+    module: str
+    """Its dotted name, e.g. `layer1.0.conv1`."""
+    inputs: int
+    """Channels (or features) that it takes."""
+    outputs: int
+    """Channels (or features) that it gives."""
+
+    def __post_init__(self) -> None:
+        where = f"architecture.widths of '{self.module}'"
+        require(self.inputs >= 1 and self.outputs >= 1, where, "at least 1 each way", (self.inputs, self.outputs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +57,16 @@ class Architecture:
     """Number of outputs."""
     dropout: float | None = None
     """Probability in each dropout layer, the architecture's own when null; no effect when serving."""
+    widths: tuple[Width, ...] = ()
+    """The layers from which pruning took channels; left out of the file when there are none."""
 
     def __post_init__(self) -> None:
-        _require(self.channels in (1, 3), "architecture.channels", "1 or 3", self.channels)
-        _require(self.height > 0 and self.width > 0, "architecture.height/width", "positive", (self.height, self.width))
-        _require(self.classes >= 1, "architecture.classes", "at least 1", self.classes)
-        _require(self.dropout is None or 0 <= self.dropout < 1, "architecture.dropout", "in [0, 1)", self.dropout)
+        modules = [width.module for width in self.widths]
+        require(len(set(modules)) == len(modules), "architecture.widths", "one entry per module", modules)
+        require(self.channels in (1, 3), "architecture.channels", "1 or 3", self.channels)
+        require(self.height > 0 and self.width > 0, "architecture.height/width", "positive", (self.height, self.width))
+        require(self.classes >= 1, "architecture.classes", "at least 1", self.classes)
+        require(self.dropout is None or 0 <= self.dropout < 1, "architecture.dropout", "in [0, 1)", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +94,13 @@ class Preprocess:
     """Per channel, of values scaled to [0, 1]; positive."""
 
     def __post_init__(self) -> None:
-        _require(self.channels in (1, 3), "preprocess.channels", "1 or 3", self.channels)
-        _require(self.height > 0 and self.width > 0, "preprocess.height/width", "positive", (self.height, self.width))
-        _require(0 < self.crop_fraction <= 1, "preprocess.crop_fraction", "in (0, 1]", self.crop_fraction)
-        _require(0 <= self.background <= 255, "preprocess.background", "0 to 255", self.background)
-        _require(len(self.mean) == self.channels, "preprocess.mean", "one value per channel", self.mean)
-        _require(len(self.std) == self.channels, "preprocess.std", "one value per channel", self.std)
-        _require(all(value > 0 for value in self.std), "preprocess.std", "positive", self.std)
+        require(self.channels in (1, 3), "preprocess.channels", "1 or 3", self.channels)
+        require(self.height > 0 and self.width > 0, "preprocess.height/width", "positive", (self.height, self.width))
+        require(0 < self.crop_fraction <= 1, "preprocess.crop_fraction", "in (0, 1]", self.crop_fraction)
+        require(0 <= self.background <= 255, "preprocess.background", "0 to 255", self.background)
+        require(len(self.mean) == self.channels, "preprocess.mean", "one value per channel", self.mean)
+        require(len(self.std) == self.channels, "preprocess.std", "one value per channel", self.std)
+        require(all(value > 0 for value in self.std), "preprocess.std", "positive", self.std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +120,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _require(getattr(self, field.name) >= 1, f"limits.{field.name}", "at least 1", getattr(self, field.name))
+            require(getattr(self, field.name) >= 1, f"limits.{field.name}", "at least 1", getattr(self, field.name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +144,8 @@ class Golden:
     samples: tuple[GoldenSample, ...]
 
     def __post_init__(self) -> None:
-        _require(0 < self.tolerance < 1, "golden.tolerance", "in (0, 1)", self.tolerance)
-        _require(len(self.samples) >= 1, "golden.samples", "at least one sample", len(self.samples))
+        require(0 < self.tolerance < 1, "golden.tolerance", "in (0, 1)", self.tolerance)
+        require(len(self.samples) >= 1, "golden.samples", "at least one sample", len(self.samples))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,11 +162,11 @@ class Baseline:
     def __post_init__(self) -> None:
         edges, where = self.confidence_edges, "baseline.confidence_edges"
         ascending = all(low < high for low, high in zip((0.0, *edges), (*edges, 1.0), strict=True))
-        _require(ascending, where, "ascending within (0, 1)", edges)
-        _require(len(self.confidence) == len(edges) + 1, "baseline.confidence", "one count per bin", self.confidence)
+        require(ascending, where, "ascending within (0, 1)", edges)
+        require(len(self.confidence) == len(edges) + 1, "baseline.confidence", "one count per bin", self.confidence)
         counts = (*self.confidence, *self.classes)
-        _require(all(count >= 0 for count in counts), "baseline", "counts of at least 0", counts)
-        _require(sum(self.confidence) == sum(self.classes), "baseline", "two counts of the same images", counts)
+        require(all(count >= 0 for count in counts), "baseline", "counts of at least 0", counts)
+        require(sum(self.confidence) == sum(self.classes), "baseline", "two counts of the same images", counts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,28 +190,27 @@ class ModelSpec:
     """Null: drift cannot be measured."""
 
     def __post_init__(self) -> None:
-        _require(self.schema == SCHEMA_VERSION, "schema", f"{SCHEMA_VERSION} (the one this code reads)", self.schema)
-        _require(len(self.labels) == self.architecture.classes, "labels", "one per class", len(self.labels))
-        _require(len(set(self.labels)) == len(self.labels), "labels", "distinct", self.labels)
+        require(self.schema == SCHEMA_VERSION, "schema", f"{SCHEMA_VERSION} (the one this code reads)", self.schema)
+        require(len(self.labels) == self.architecture.classes, "labels", "one per class", len(self.labels))
+        require(len(set(self.labels)) == len(self.labels), "labels", "distinct", self.labels)
         if self.baseline is not None:
-            _require(len(self.baseline.classes) == len(self.labels), "baseline.classes", "one per label", self.baseline)
+            require(len(self.baseline.classes) == len(self.labels), "baseline.classes", "one per label", self.baseline)
         for sample in self.golden.samples:
             where = f"golden sample {sample.file}"
-            _require(len(sample.probabilities) == len(self.labels), where, "one probability per label", sample)
-            _require(sample.label in self.labels, where, "a label of this model", sample.label)
+            require(len(sample.probabilities) == len(self.labels), where, "one probability per label", sample)
+            require(sample.label in self.labels, where, "a label of this model", sample.label)
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two-space indent, one trailing newline. Same value, same bytes."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        fields = dataclasses.asdict(self)
+        if not self.architecture.widths:
+            del fields["architecture"]["widths"]
+        return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
         """Parse and check. Raises SpecError naming the field."""
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(f"{SPEC_FILE} is not JSON: {error}") from error
-        return typing.cast(ModelSpec, _build(cls, value, ""))
+        return parse(cls, text, SPEC_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> ModelSpec:
@@ -208,45 +228,55 @@ def closest(word: str, known: typing.Iterable[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
-def _require(condition: bool, where: str, expected: str, got: object) -> None:
+def parse(kind: type[_T], text: str, file: str) -> _T:
+    """The text of `file` -> the frozen dataclass `kind`: nothing unknown, nothing missing. Raises SpecError."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{file} is not JSON: {error}") from error
+    return typing.cast(_T, _build(kind, value, "", file))
+
+
+def require(condition: bool, where: str, expected: str, got: object) -> None:
+    """Raise SpecError "`where` must be `expected`" unless `condition` holds."""
     if not condition:
         raise SpecError(f"{where} must be {expected}, got {got!r}")
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
+def _build(kind: Any, value: Any, where: str, file: str) -> Any:
     """`value` as JSON gave it -> an instance of the annotation `kind`; SpecError names the dotted `where`."""
     if dataclasses.is_dataclass(kind):
-        return _build_dataclass(typing.cast(type, kind), value, where)
+        return _build_dataclass(typing.cast(type, kind), value, where, file)
     origin = typing.get_origin(kind)
     if origin is tuple:
-        _require(isinstance(value, list), where, "a list", value)
+        require(isinstance(value, list), where, "a list", value)
         element = typing.get_args(kind)[0]
-        return tuple(_build(element, item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(_build(element, item, f"{where}[{index}]", file) for index, item in enumerate(value))
     if origin is Literal:
-        _require(value in typing.get_args(kind), where, f"one of {list(typing.get_args(kind))}", value)
+        require(value in typing.get_args(kind), where, f"one of {list(typing.get_args(kind))}", value)
         return value
     if origin in (typing.Union, types.UnionType):
         inner = next(arm for arm in typing.get_args(kind) if arm is not type(None))
-        return None if value is None else _build(inner, value, where)
+        return None if value is None else _build(inner, value, where, file)
     if kind is float:
-        _require(isinstance(value, int | float) and not isinstance(value, bool), where, "a number", value)
-        _require(math.isfinite(value), where, "finite", value)
+        require(isinstance(value, int | float) and not isinstance(value, bool), where, "a number", value)
+        require(math.isfinite(value), where, "finite", value)
         return float(value)
-    _require(type(value) is kind, where, f"of type {kind.__name__}", value)
+    require(type(value) is kind, where, f"of type {kind.__name__}", value)
     return value
 
 
-def _build_dataclass(kind: type, value: Any, where: str) -> Any:
-    _require(isinstance(value, dict), where or SPEC_FILE, "an object", value)
+def _build_dataclass(kind: type, value: Any, where: str, file: str) -> Any:
+    require(isinstance(value, dict), where or file, "an object", value)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     for key in value:
         if key not in fields:
-            raise SpecError(f"unknown key '{prefix}{key}' in {SPEC_FILE}{closest(key, fields)}")
+            raise SpecError(f"unknown key '{prefix}{key}' in {file}{closest(key, fields)}")
     for name, field in fields.items():
         optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if name not in value and not optional:
-            raise SpecError(f"{SPEC_FILE} lacks the key '{prefix}{name}'")
-    arguments = {name: _build(hints[name], item, f"{prefix}{name}") for name, item in value.items()}
+            raise SpecError(f"{file} lacks the key '{prefix}{name}'")
+    arguments = {name: _build(hints[name], item, f"{prefix}{name}", file) for name, item in value.items()}
     return kind(**arguments)

@@ -65,12 +65,41 @@ def test_what_the_network_trains_on_is_what_serving_will_compute(tree: WriteTree
     dataset = prepared(recipe)
     for row, sample in zip(dataset.rows["train"], dataset.samples("train"), strict=True):
         served = imaging.load(sample.data, dataset.preprocess, recipe.serve.limits)
-        assert torch.equal(dataset.x_NCHW[row], served)
+        assert torch.equal(dataset.pixels(torch.tensor([row]))[0], served)
 
 
-def test_mean_and_deviation_come_from_the_training_split(tree: WriteTree, folder_recipe: MakeRecipe) -> None:
-    dataset = prepared(folder_recipe(tree(zero=10, one=10)))
-    x_NCHW = dataset.x_NCHW[list(dataset.rows["train"])].double() / 255
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [24, 64, 99, 224])
+def test_images_of_one_size_are_kept_small_and_a_batch_of_them_is_what_serving_will_compute(
+    side: int, channels: int, tmp_path: Path, folder_recipe: MakeRecipe
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 24, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        path = tmp_path / "p" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    dataset = prepared(recipe := folder_recipe(tmp_path / "p", f"data.image_size={side}", f"data.channels={channels}"))
+    assert dataset.x_NCHW.shape == (20, channels, 20, 24)
+    for split in ("train", "validation", "test"):
+        served = [imaging.load(one.data, dataset.preprocess, recipe.serve.limits) for one in dataset.samples(split)]
+        assert torch.equal(dataset.pixels(torch.tensor(dataset.rows[split])), torch.stack(served))
+
+
+@pytest.mark.parametrize("side", [16, 22])
+def test_images_larger_than_the_input_are_kept_at_its_size(
+    side: int, tmp_path: Path, folder_recipe: MakeRecipe
+) -> None:
+    for number in range(8):
+        colour(tmp_path / "p" / "ab"[number % 2] / f"{number}.png", (number, 9, 30), (24, 20))
+    assert prepared(folder_recipe(tmp_path / "p", f"data.image_size={side}")).x_NCHW.shape == (8, 3, side, side)
+
+
+@pytest.mark.parametrize("side", [8, 20])
+def test_mean_and_deviation_are_those_of_the_training_split_as_the_network_sees_it(
+    side: int, tree: WriteTree, folder_recipe: MakeRecipe
+) -> None:
+    dataset = prepared(folder_recipe(tree(zero=10, one=10), f"data.image_size={side}"))
+    x_NCHW = dataset.pixels(torch.tensor(dataset.rows["train"])).double() / 255
     assert dataset.preprocess.mean == pytest.approx([float(x_NCHW.mean())], abs=1e-5)
     assert dataset.preprocess.std == pytest.approx([float(x_NCHW.std(correction=0))], abs=1e-5)
 

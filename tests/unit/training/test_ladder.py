@@ -1,0 +1,241 @@
+"""The optimisation ladder's rules, and a short real climb."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from handlerlib import loading
+from handlerlib.engine_spec import EngineSpec, Measurement
+from handlerlib.spec import ModelSpec
+from support.artifacts import write_artifact
+from support.engines import photos
+from training.errors import RecipeError, TargetError
+from training.optimize import judge, ladder, publish, rungs, trial
+from training.optimize.ladder import Outcome, Settings
+from training.optimize.trial import ChildFailed, Job, Trial
+from training.progress import silent
+
+
+def tried(rung: str, alone: float, busy: float, *, reason: str = "") -> Outcome:
+    """A rung that is so many times faster than the plain weights: one image on all cores, a full batch on one."""
+    measurements = (
+        Measurement(batch=1, threads=2, milliseconds=10 / alone, reference_milliseconds=10),
+        Measurement(batch=1, threads=1, milliseconds=20 / alone, reference_milliseconds=20),
+        Measurement(batch=32, threads=1, milliseconds=16 / busy, reference_milliseconds=16),
+    )
+    found = Trial(
+        rung=rung, golden_difference=0.0, load_seconds=0.1, memory_mib=10, engine_bytes=0, measurements=measurements
+    )
+    return Outcome(rung=rung, reason=reason, trial=found, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "taken"), [("latency", "openvino-bf16"), ("throughput", "openvino-int8"), ("both", "openvino-int8")]
+)
+def test_the_fastest_that_passed_is_taken(objective: ladder.Objective, taken: str) -> None:
+    outcomes = (
+        tried("plain", 1, 1),
+        tried("openvino-bf16", 4.0, 2),
+        tried("openvino-int8", 3.5, 4),
+        tried("aoti-bf16", 9, 9, reason="it loses 3 points"),
+    )
+    chosen = ladder.choose(outcomes, objective)
+    assert chosen is not None
+    assert chosen.rung == taken
+
+
+def test_a_lossless_rung_is_taken_where_the_lossy_ones_are_hardly_faster() -> None:
+    outcomes = (tried("plain", 1, 1), tried("openvino-fp32", 2.0, 2.0), tried("openvino-bf16", 2.05, 2.05))
+    chosen = ladder.choose(outcomes, "both")
+    assert chosen is not None
+    assert chosen.rung == "openvino-fp32"
+
+
+def test_nothing_is_taken_that_is_not_clearly_faster() -> None:
+    assert ladder.choose((tried("plain", 1, 1), tried("torch-folded", 1.04, 1.04)), "both") is None
+    assert ladder.choose((tried("plain", 2, 2),), "both") is None
+
+
+def test_gain_is_the_mean_of_both_loads() -> None:
+    outcome = tried("openvino-int8", 2, 8)
+    assert [round(ladder.gain(outcome, kind), 6) for kind in ("latency", "throughput", "both")] == [2, 8, 4]
+
+
+def answers(right: str) -> torch.Tensor:
+    """Probabilities of two classes: `1` for an image of class 0 that is answered rightly, `0` wrongly."""
+    return torch.tensor([[0.9, 0.1] if one == "1" else [0.1, 0.9] for one in right])
+
+
+def test_what_an_engine_loses_is_counted_in_pairs() -> None:
+    reference, candidate = "1" * 80 + "0" * 20, "1" * 76 + "0" * 4 + "1" * 1 + "0" * 19
+    found = judge.compare(answers(reference), answers(candidate), torch.zeros(100, dtype=torch.int64))
+    assert found.images == 100
+    assert found.reference_accuracy == pytest.approx(0.80)
+    assert found.accuracy == pytest.approx(0.77)
+    assert found.loss_points == pytest.approx(3.0)
+    # By hand: 4.5 lost and 1.5 gained of 102.
+    middle, deviation = 3 / 102, math.sqrt(6 - 9 / 102) / 102
+    assert found.interval == pytest.approx(
+        (100 * (middle - 1.959964 * deviation), 100 * (middle + 1.959964 * deviation))
+    )
+
+
+def test_equal_answers_still_have_an_interval_that_images_narrow() -> None:
+    few, many = (
+        judge.compare(answers("1" * n), answers("1" * n), torch.zeros(n, dtype=torch.int64)) for n in (100, 10_000)
+    )
+    assert few.loss_points == many.loss_points == 0
+    assert few.interval[1] > 1.0
+    assert 0 < many.interval[1] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "allowed"),
+    [
+        ("fp32", 5e-5, 1e-4),
+        ("fp32", 2e-4, None),
+        ("bf16", 0.002, 0.003),
+        ("bf16", 1e-5, 1e-3),
+        ("bf16", 0.06, None),
+        ("int8", 0.02, 0.03),
+        ("int8", 0.29, 0.3),
+        ("int8", 1.0, None),
+    ],
+)
+def test_tolerance_fits_the_precision_and_is_capped(
+    tmp_path: Path, precision: rungs.Precision, difference: float, allowed: float | None
+) -> None:
+    spec = ModelSpec.load(write_artifact(tmp_path))
+    assert judge.tolerance(spec, precision, difference) == allowed
+
+
+def test_a_wrong_answer_in_the_golden_samples_counts(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    spec = ModelSpec.load(artifact)
+
+    def answering(value: float) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        return lambda x_BCHW, threads: torch.full((len(x_BCHW), 3), value)
+
+    assert judge.golden_difference(answering(math.nan), spec, artifact, 1) == 1
+    even = judge.golden_difference(answering(1 / 3), spec, artifact, 1)
+    assert even == pytest.approx(max(abs(p - 1 / 3) for s in spec.golden.samples for p in s.probabilities), abs=1e-6)
+    plain = loading.load(artifact, torch.device("cpu")).engine
+    assert judge.golden_difference(plain, spec, artifact, 1) < 1e-6
+    mixed_up = judge.golden_difference(lambda x_BCHW, threads: plain(x_BCHW, threads).flip(0), spec, artifact, 1)
+    assert mixed_up > 10 * spec.golden.tolerance
+
+
+def test_rungs_that_cannot_be_built_here_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert rungs.missing(rungs.find("openvino-int8"), "cpu", calibration=False) == (
+        "there are no training images to calibrate it on"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert rungs.missing(rungs.find("aoti-fp32"), "cpu", calibration=True) == "there is no C++ compiler"
+    monkeypatch.setattr(rungs.engine_spec, "cpu_features", lambda: frozenset(["sse2"]))
+    assert rungs.missing(rungs.find("torch-bf16"), "cpu", calibration=True) == (
+        "this processor has no instructions for bf16"
+    )
+    with pytest.raises(RecipeError, match="there is no rung 'openvino-int4', did you mean 'openvino-int8'"):
+        rungs.find("openvino-int4")
+
+
+def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    places = {"runs": tmp_path / "runs", "artifacts": tmp_path, "report": silent}
+    with pytest.raises(TargetError, match=r"is no artifact: it lacks model_spec.json"):
+        ladder.run(tmp_path, Settings(), **places)
+    with pytest.raises(RecipeError, match="there is no rung 'fastest'"):
+        ladder.run(artifact, Settings(rungs=("fastest",)), **places)
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="torch sees no GPU"):
+            ladder.run(artifact, Settings(device="cuda"), **places)
+
+
+def test_a_real_climb_without_images_allows_lossless_rungs_alone(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    settings = Settings(seconds=0.02, batch_size=4, rungs=("torch-folded", "torch-bf16"))
+    places = {"runs": tmp_path / "runs", "artifacts": tmp_path, "report": silent}
+    result = ladder.run(artifact, settings, **places)
+    reasons = {outcome.rung: outcome.reason for outcome in result.outcomes}
+    assert reasons == {
+        "plain": "",
+        "torch-folded": "",
+        "torch-bf16": "its accuracy cannot be judged without test images",
+    }
+    assert result.notes[0].startswith("only lossless rungs are allowed, because there are no test images:")
+    for outcome in result.outcomes:
+        if outcome.trial is not None:
+            pairs = {(one.batch, one.threads) for one in outcome.trial.measurements}
+            assert {(1, 1), (4, 1), (8, 1)} <= pairs
+            assert all(one.milliseconds > 0 and one.reference_milliseconds > 0 for one in outcome.trial.measurements)
+            assert outcome.trial.golden_difference <= 1e-4
+    record = json.loads((result.run / "ladder.json").read_text())
+    assert [row["rung"] for row in record["rungs"]] == list(reasons)
+    assert (result.run / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    # The same command again measures nothing and says the same.
+    again = ladder.run(artifact, settings, **places)
+    assert again.reused
+    assert dataclasses.replace(again, reused=False) == result
+
+
+def test_a_rung_whose_process_fails_says_why(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    (artifact / "weights.safetensors").write_bytes(b"")
+    job = Job(
+        what="build",
+        rung="torch-folded",
+        artifact=artifact,
+        folder=tmp_path / "rung",
+        data=None,
+        device="cpu",
+        pairs=((1, 1),),
+        seconds=0.01,
+    )
+    with pytest.raises(ChildFailed, match=r"weights.safetensors cannot be read"):
+        trial.run(job)
+    assert "Traceback" in (tmp_path / "rung" / "build.log").read_text()
+
+
+def engine_of(artifact: Path, built: Path, **fields: object) -> EngineSpec:
+    spec = ModelSpec.load(artifact)
+    draft = rungs.build("openvino-fp32", loading.read_network(artifact, spec), spec, None, built)
+    values = {field.name: getattr(draft, field.name) for field in dataclasses.fields(draft)}
+    return EngineSpec(**{**values, "tolerance": 1e-4, "golden_difference": 0.0, **fields})
+
+
+def test_versions_of_optimised_artifacts(tmp_path: Path) -> None:
+    artifact, built = write_artifact(tmp_path), tmp_path / "built"
+    write_artifact(tmp_path, version="1.9")
+    engine = engine_of(artifact, built)
+    first = publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-1")
+    assert first.name == "1.10"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-1") == first
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    other = publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-2")
+    assert other.name == "1.11"
+    # Optimised again, its engine and the section on its card are replaced, not added.
+    third = publish.with_engine(
+        first, engine_of(artifact, built, tolerance=2e-4), built, tmp_path, run="optimize-tiny-3"
+    )
+    card = (third / "MODEL_CARD.md").read_text()
+    assert card.count("## Engine") == 1
+    assert card.startswith("# tiny 1.12\n")
+    assert json.loads((third / "provenance.json").read_text())["parent"]["version"] == "1.10"
+
+
+def test_openvino_gives_the_networks_own_numbers(tmp_path: Path) -> None:
+    artifact, built = write_artifact(tmp_path), tmp_path / "built"
+    spec = ModelSpec.load(artifact)
+    network = loading.read_network(artifact, spec)
+    draft = rungs.build("openvino-fp32", network, spec, None, built)
+    engine = rungs.open_engine(draft, built, lambda: network, spec, torch.device("cpu"))
+    plain = loading.load(artifact, torch.device("cpu")).engine
+    assert torch.allclose(engine(photos(7), 1), plain(photos(7), 1), atol=1e-5)

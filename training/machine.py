@@ -1,0 +1,51 @@
+"""The device and the threads that training runs on, and how its results stay the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from training.config import Train
+from training.errors import RecipeError
+
+
+def choose_device(train: Train) -> torch.device:
+    """Raises RecipeError when the recipe insists on a GPU that is not there."""
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("train.device is cuda, but torch sees no GPU", remedy="--set train.device=auto")
+    return torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_threads(train: Train) -> int:
+    return train.threads or len(os.sched_getaffinity(0))
+
+
+def slow_precision(train: Train, device: torch.device, capabilities: Mapping[str, object]) -> str | None:
+    """What to tell when the recipe's precision is slower here than float32, given `torch.cpu.get_capabilities()`."""
+    without = not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if train.precision == "bf16" and device.type == "cpu" and capabilities.get("architecture") == "x86_64" and without:
+        return "this CPU computes bf16 without instructions for it: --set train.precision=fp32 is faster here"
+    return None
+
+
+@contextlib.contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """Deterministic algorithms, a fixed number of threads and private random state; all as before afterwards."""
+    # Read when CUDA starts; without it cuBLAS may sum in another order each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    threads_before = torch.get_num_threads()
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # Some GPU kernels have no deterministic form; we take what there is.
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic_before)
+        torch.set_num_threads(threads_before)

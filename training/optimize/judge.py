@@ -1,0 +1,155 @@
+"""Are a rung's answers still the model's? Against golden samples, and against the plain weights on real test images."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from handlerlib import imaging
+from handlerlib.engine_spec import Accuracy, Precision
+from handlerlib.engines import Engine
+from handlerlib.spec import ModelSpec
+from training import pipeline
+from training.data import Sample
+from training.optimize.openvino_rungs import CALIBRATION_IMAGES
+from training.progress import Report, Step, silent
+
+CAPS: dict[Precision, float] = {"bf16": 0.05, "fp16": 0.02, "int8": 0.3}
+"""The largest difference of a golden probability that a precision may have, whatever its accuracy; fp32 has the spec's
+own tolerance. bf16 keeps 8 bits: a logit of 10 is off by up to 0.04. An int8 probability near one half moves further."""
+SPARE = 1.5
+"""The tolerance is the largest golden difference seen times this: another processor rounds other sums."""
+_LEAST_TOLERANCE = 1e-3
+_BATCH = 32
+_Z_95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Real images, decoded as the worker does it."""
+
+    x_test_NCHW: Tensor
+    """uint8."""
+    targets_N: Tensor
+    """int64 class numbers of the test images."""
+    x_calibration_NCHW: Tensor
+    """uint8, of the training split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A rung and the plain weights on the same images."""
+
+    images: int
+    reference_accuracy: float
+    accuracy: float
+    loss_points: float
+    """Percentage points lost."""
+    interval: tuple[float, float]
+    """95 % confidence interval of `loss_points`."""
+
+    def record(self, budget: float) -> Accuracy:
+        """As `engine.json` keeps it."""
+        return Accuracy(
+            split="test",
+            images=self.images,
+            reference=round(self.reference_accuracy, 6),
+            engine=round(self.accuracy, 6),
+            loss_points=round(self.loss_points, 4),
+            interval_points=tuple(round(value, 4) for value in self.interval),
+            budget_points=budget,
+        )
+
+
+def data(artifact: Path, *, root: Path | None, limit: int, report: Report = silent) -> Data:
+    """The artifact's test split (its first `limit` images; 0: all) and training images, as its provenance says.
+
+    Images lie in order of their content's digest, so the first ones are a fair sample. Raises what reading data raises.
+    """
+    spec = ModelSpec.load(artifact)
+    dataset = pipeline.splits(artifact, root=root, report=report)
+    wanted = len(dataset.rows["test"]) if limit == 0 else min(limit, len(dataset.rows["test"]))
+    test = list(itertools.islice(dataset.samples("test"), wanted))
+    training = itertools.islice(dataset.samples("train"), CALIBRATION_IMAGES)
+    return Data(
+        x_test_NCHW=_decoded(test, spec, report),
+        targets_N=torch.tensor([spec.labels.index(sample.label) for sample in test]),
+        x_calibration_NCHW=_decoded(list(training), spec, report),
+    )
+
+
+def answers(engine: Engine, x_NCHW: Tensor, threads: int, report: Report = silent) -> Tensor:
+    """Probabilities `[N, classes]` of all images, in batches."""
+    rows = []
+    for start in range(0, len(x_NCHW), _BATCH):
+        rows.append(engine(x_NCHW[start : start + _BATCH], threads))
+        report(Step("judge", min(start + _BATCH, len(x_NCHW)), len(x_NCHW), ""))
+    return torch.cat(rows)
+
+
+def golden_difference(engine: Engine, spec: ModelSpec, folder: Path, threads: int) -> float:
+    """The largest difference of any probability of the golden samples in `folder`; NaN counts as 1.
+
+    Each is asked alone, and all together, repeated to a batch of 32: what one size does says little about another.
+    """
+    samples = spec.golden.samples
+    encoded = [(folder / sample.file).read_bytes() for sample in samples]
+    x_NCHW = imaging.batch(encoded, spec.preprocess, spec.limits)
+    expected_NK = torch.tensor([sample.probabilities for sample in samples])
+    alone_NK = torch.cat([engine(x_NCHW[row : row + 1], threads) for row in range(len(samples))])
+    rows = torch.arange(max(_BATCH, len(samples))) % len(samples)
+    differences = torch.cat([alone_NK - expected_NK, engine(x_NCHW[rows], threads) - expected_NK[rows]])
+    return float(differences.abs().nan_to_num(nan=1.0).max())
+
+
+def tolerance(spec: ModelSpec, precision: Precision, difference: float) -> float | None:
+    """With how much difference from the golden probabilities an engine may serve; None when its own is too much."""
+    if precision == "fp32":
+        return spec.golden.tolerance if difference <= spec.golden.tolerance else None
+    if difference > CAPS[precision]:
+        return None
+    return min(round(max(SPARE * difference, _LEAST_TOLERANCE, spec.golden.tolerance), 6), CAPS[precision])
+
+
+def compare(reference_NK: Tensor, candidate_NK: Tensor, targets_N: Tensor) -> Comparison:
+    """Accuracy of both on the same images, and what was lost.
+
+    The interval is for the difference of paired proportions, with half an image added to each cell of the two-by-two
+    table (Agresti and Min, Statistics in Medicine 24, 2005): it also holds where few answers differ.
+    """
+    right = reference_NK.argmax(dim=1) == targets_N
+    still = candidate_NK.argmax(dim=1) == targets_N
+    images = len(targets_N)
+    lost, gained = int((right & ~still).sum()) + 0.5, int((~right & still).sum()) + 0.5
+    total = images + 2
+    middle = (lost - gained) / total
+    deviation = math.sqrt(lost + gained - (lost - gained) ** 2 / total) / total
+    reference, accuracy = int(right.sum()) / images, int(still.sum()) / images
+    return Comparison(
+        images=images,
+        reference_accuracy=reference,
+        accuracy=accuracy,
+        loss_points=100 * (reference - accuracy),
+        interval=(100 * (middle - _Z_95 * deviation), 100 * (middle + _Z_95 * deviation)),
+    )
+
+
+def _decoded(samples: Sequence[Sample], spec: ModelSpec, report: Report) -> Tensor:
+    shape = (spec.preprocess.channels, spec.preprocess.height, spec.preprocess.width)
+    x_NCHW = torch.empty((len(samples), *shape), dtype=torch.uint8)
+
+    def decode(sample: Sample) -> Tensor:
+        return imaging.load(sample.data, spec.preprocess, spec.limits)
+
+    with ThreadPoolExecutor() as pool:
+        for row, x_CHW in enumerate(pool.map(decode, samples)):
+            x_NCHW[row] = x_CHW
+            report(Step("decode", row + 1, len(samples), ""))
+    return x_NCHW
