@@ -5,11 +5,8 @@ Answer    `{"model", "version", "predictions": [[{"label", "index", "probability
 Errors    `application/problem+json` with status 400, 413, 415 or 422, for the one request alone
 """
 
-import heapq
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from handlerlib import imaging
@@ -19,17 +16,11 @@ from handlerlib.worker import ModelHandler
 class ImageClassifier(ModelHandler):
     """TorchServe takes the only class of this module."""
 
-    def decode(self, data: bytes) -> Tensor:
+    def decode(self, data: bytes | bytearray) -> Tensor:
         """Encoded image -> uint8 `[C, height, width]`. Raises RequestError."""
         spec = self.model.spec
         return imaging.load(data, spec.preprocess, spec.limits)
 
     def to_batch(self, items: Sequence[Tensor]) -> Tensor:
         """uint8 `[C, H, W]` each -> uint8 `[B, C, H, W]`; the engine normalises."""
-        return torch.stack(list(items))
-
-    def encode(self, probabilities: Sequence[float], top_k: int) -> list[dict[str, Any]]:
-        """Probabilities of all classes -> the `top_k` most probable, ties in index order."""
-        labels = self.model.spec.labels
-        ranked = heapq.nlargest(top_k, range(len(labels)), key=probabilities.__getitem__)
-        return [{"label": labels[i], "index": i, "probability": round(probabilities[i], 8)} for i in ranked]
+        return imaging.stack(items)

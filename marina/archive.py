@@ -23,6 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import marina
+from handlerlib import engine_spec
+from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER, EngineSpec
 from handlerlib.errors import SpecError
 from handlerlib.spec import GOLDEN_FOLDER, SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from marina import model_config
@@ -64,6 +66,7 @@ RESERVED_NAMES = frozenset(
 """Module names that a worker finds in TorchServe's own folder before it looks into the archive."""
 
 _ARTIFACT_FILES = (SPEC_FILE, WEIGHTS_FILE, METRICS_FILE, PROVENANCE_FILE, CARD_FILE)
+_OPTIMISED = "optimise the parent again: marina optimize ARTIFACT"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED_ON = "01/01/1980 00:00:00"
 _CHUNK = 1 << 20
@@ -100,11 +103,12 @@ class Archive:
 def pack(artifact: Path, *, handlers: Path, destination: Path) -> Archive:
     """Write `destination/NAME-VERSION.mar` (through a temporary file and a rename) and return what it is.
 
-    `artifact` is a folder written by export; `handlers` is the folder with the entries and `handlerlib/`.
+    `artifact` is a folder written by export; `handlers` is the folder with the entries and `handlerlib/`. A
+    `model-config.yaml` in the artifact, such as `marina tune` writes, takes the place of the handler's.
     Raises ArchiveError naming the file at fault.
     """
     spec = _read_artifact(artifact)
-    entry, config = _entry_files(spec, handlers)
+    entry, config = _entry_files(spec, artifact, handlers)
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="marina-pack-") as scratch:
         root = _lay_out(spec, artifact, entry, config, handlers / "handlerlib", Path(scratch))
@@ -184,7 +188,18 @@ def _read_artifact(artifact: Path) -> ModelSpec:
     return spec
 
 
-def _entry_files(spec: ModelSpec, handlers: Path) -> tuple[Path, Path]:
+def _read_engine(artifact: Path) -> EngineSpec | None:
+    try:
+        engine = EngineSpec.load(artifact)
+    except SpecError as error:
+        raise ArchiveError(f"artifact {artifact}: {error}", remedy=_OPTIMISED) from error
+    damaged = engine_spec.files_obstacle(engine, artifact) if engine is not None else None
+    if damaged is not None:
+        raise ArchiveError(f"artifact {artifact}: {damaged.detail}", remedy=_OPTIMISED)
+    return engine
+
+
+def _entry_files(spec: ModelSpec, artifact: Path, handlers: Path) -> tuple[Path, Path]:
     if spec.handler in RESERVED_NAMES or not spec.handler.isidentifier():
         raise ArchiveError(
             f"handler name '{spec.handler}' is reserved by TorchServe", remedy="rename the handler's file"
@@ -195,6 +210,8 @@ def _entry_files(spec: ModelSpec, handlers: Path) -> tuple[Path, Path]:
             raise ArchiveError(
                 f"handler '{spec.handler}' needs {path}", remedy="add the file, or export with another handler"
             )
+    own = artifact / model_config.CONFIG_FILE
+    config = own if own.is_file() else config
     model_config.read(config.read_text(encoding="utf-8"))
     return entry, config
 
@@ -209,6 +226,12 @@ def _lay_out(spec: ModelSpec, artifact: Path, entry: Path, config: Path, library
     (extra / GOLDEN_FOLDER).mkdir()
     for sample in spec.golden.samples:
         shutil.copyfile(artifact / sample.file, extra / sample.file)
+    engine = _read_engine(artifact)
+    if engine is not None:
+        shutil.copyfile(artifact / ENGINE_FILE, extra / ENGINE_FILE)
+        for file in engine.files:
+            (extra / ENGINE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(artifact / file.path, extra / file.path)
     shutil.copyfile(config, scratch / model_config.CONFIG_FILE)
     private_temp, out = scratch / "temp", scratch / "out"
     private_temp.mkdir()

@@ -86,6 +86,9 @@ def _show_report(screen: Screen, report: verification.Report) -> None:
         ],
         title=str(shown(report.path)),
     )
+    for outcome in report.outcomes:
+        for note in outcome.notes:
+            screen.say(f"note: {note}")
     for finding in report.findings:
         screen.say(f"{finding.where}: {finding.message}\n  fix: {finding.remedy}")
 
@@ -103,6 +106,7 @@ def _show_archive(screen: Screen, found: dict[str, Any]) -> None:
             ("labels", ", ".join(spec["labels"])),
             ("limits", json.dumps(spec["limits"])),
             ("golden", f"{len(spec['golden']['samples'])} samples, tolerance {spec['golden']['tolerance']:g}"),
+            ("engine", _engine_line(found["engine"])),
             ("metrics", json.dumps(found["build"]["metrics"])),
             ("provenance", json.dumps(found["build"]["provenance"])),
             ("built with", json.dumps(found["build"]["built_with"])),
@@ -110,6 +114,15 @@ def _show_archive(screen: Screen, found: dict[str, Any]) -> None:
     )
     screen.table(("file", "bytes"), sorted(found["files"].items()))
     screen.say(found["config"])
+
+
+def _engine_line(engine: dict[str, Any] | None) -> str:
+    if engine is None:
+        return "none, the plain weights answer"
+    wanted = engine["built_for"]
+    packages = (f"{one['name']} >= {one['at_least']}, < {one['below']}" for one in wanted["packages"])
+    needs = ", ".join([wanted["device"], wanted["machine"], *wanted["cpu_features"], *packages])
+    return f"{engine['rung']}, tolerance {engine['tolerance']:g}, for {needs}; elsewhere the plain weights answer"
 
 
 def _check_fields(report: verification.Report) -> dict[str, Any]:

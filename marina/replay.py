@@ -21,7 +21,7 @@ POISON = bytes(range(256))
 
 
 def main(model_dir: Path, batch_size: int) -> dict[str, Any]:
-    """The report: `stage` reached, `error` if one stopped it, and the answers of each golden sample."""
+    """The report: `stage` reached, `error` if one stopped it, which engine answered, and each golden sample's answers."""
     handler = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())["model"]["handler"]
     try:
         # TorchServe's loader turns every ImportError into "No module named ts.torch_handler...": import first ourselves.
@@ -30,7 +30,7 @@ def main(model_dir: Path, batch_size: int) -> dict[str, Any]:
     except BaseException as error:  # noqa: BLE001 - SystemExit in a handler is a finding as well
         return {"stage": "import", "error": describe(error, model_dir)}
     try:
-        return {"stage": "golden", **replay(service, model_dir, batch_size)}
+        return {"stage": "golden", **engine(service), **replay(service, model_dir, batch_size)}
     except BaseException as error:  # noqa: BLE001 - as above
         return {"stage": "golden", "error": describe(error, model_dir)}
 
@@ -45,6 +45,12 @@ def load(model_dir: Path, handler: str, batch_size: int) -> Any:
     metrics.initialize_cache()
     metrics.model_name = "verify"
     return TsModelLoader().load("verify", str(model_dir), handler, None, batch_size, None, True, metrics)
+
+
+def engine(service: Any) -> dict[str, Any]:
+    """Which engine the worker chose, and why not the packed one."""
+    serving = service._entry_point.__self__.model.serving
+    return {"engine": serving.engine, "reason": serving.fallback, "fallback": serving.detail}
 
 
 def replay(service: Any, model_dir: Path, batch_size: int) -> dict[str, Any]:

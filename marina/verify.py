@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from handlerlib import engine_spec
+from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER, EngineSpec
 from handlerlib.errors import SpecError
 from handlerlib.spec import SPEC_FILE, ModelSpec
 from marina import archive, model_config
@@ -31,6 +33,9 @@ REPLAY_SECONDS = 600.0
 """How long loading and answering the golden samples may take."""
 MAX_FILES = 10_000
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+_OPTIMISED = "optimise the artifact again: marina optimize ARTIFACT"
+_DAMAGED = ("spec", "files", "load", "self-test")
+"""Reasons of a fallback that lie in the archive and not in the machine."""
 _ARCHIVED = "pack the artifact again: marina pack ARTIFACT"
 
 
@@ -52,6 +57,8 @@ class Outcome:
     findings: tuple[Finding, ...]
     seconds: float
     skipped: bool = False
+    notes: tuple[str, ...] = ()
+    """What is worth knowing and no reason to refuse the archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +126,19 @@ class Subject:
         return model_config.read((self.root / model_config.CONFIG_FILE).read_text(encoding="utf-8"))
 
     @cached_property
+    def engine(self) -> EngineSpec | None:
+        """What the archive brings beside its plain weights."""
+        return EngineSpec.load(self.root)
+
+    @cached_property
     def replayed(self) -> dict[str, Any]:
-        """The report of `replay.py`, run once for the two checks that read it."""
-        return _run_replay(self.python, self.root, self._scratch, self.config["batchSize"])
+        """The report of `replay.py` on the plain weights, run once for the checks that read it."""
+        return _run_replay(self.python, self.root, self._scratch, self.config["batchSize"], engine="plain")
+
+    @cached_property
+    def replayed_engine(self) -> dict[str, Any]:
+        """The same with the engine where it fits this machine."""
+        return _run_replay(self.python, self.root, self._scratch, self.config["batchSize"], engine="auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +146,8 @@ class Check:
     """A name to show, and the function that looks. A guard stops the checks after it from running foreign code."""
 
     name: str
-    run: Callable[[Subject], Iterator[Finding]]
+    run: Callable[[Subject], Iterator[Finding | str]]
+    """A string is a note."""
     guard: bool = False
 
 
@@ -155,6 +173,7 @@ def inspect(path: Path) -> dict[str, Any]:
             spec = ModelSpec.from_json(packed.read(SPEC_FILE).decode())
             config = packed.read(model_config.CONFIG_FILE).decode()
             card = packed.read(CARD_FILE).decode()
+            engine = json.loads(packed.read(ENGINE_FILE)) if ENGINE_FILE in packed.namelist() else None
             files = {info.filename: info.file_size for info in packed.infolist()}
     except FileNotFoundError:
         raise ArchiveError(f"there is no archive {path}", remedy="pack one: marina pack ARTIFACT") from None
@@ -167,6 +186,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "build": record,
         "manifest": manifest,
         "spec": json.loads(spec.to_json()),
+        "engine": engine,
         "config": config,
         "card": card,
         "files": files,
@@ -182,10 +202,12 @@ def identify(path: Path, report: Report) -> Archive:
 def _run(check: Check, subject: Subject) -> Outcome:
     started = time.perf_counter()
     try:
-        findings = tuple(check.run(subject))
+        said = tuple(check.run(subject))
     except (ArchiveError, SpecError) as error:
-        findings = (Finding(str(error), subject.path.name, error.remedy or _ARCHIVED),)
-    return Outcome(check.name, findings, time.perf_counter() - started)
+        said = (Finding(str(error), subject.path.name, error.remedy or _ARCHIVED),)
+    findings = tuple(one for one in said if isinstance(one, Finding))
+    notes = tuple(one for one in said if isinstance(one, str))
+    return Outcome(check.name, findings, time.perf_counter() - started, notes=notes)
 
 
 def zip_safety(subject: Subject) -> Iterator[Finding]:
@@ -265,21 +287,54 @@ def loads(subject: Subject) -> Iterator[Finding]:
 
 
 def golden(subject: Subject) -> Iterator[Finding]:
-    """Each golden sample alone, and a full batch with a poison in it, answer as at export."""
-    report, spec = subject.replayed, subject.spec
-    if report["stage"] == "import":
+    """Each golden sample alone, and a full batch with a poison in it, answer as at export: the plain weights."""
+    if subject.replayed["stage"] != "import":
+        yield from _answered(subject.replayed, subject.spec, subject.spec.golden.tolerance)
+
+
+def engine(subject: Subject) -> Iterator[Finding | str]:
+    """The same with the engine that the archive brings, within its own tolerance; a note where it cannot run here."""
+    if subject.engine is None:
         return
+    damaged = tuple(_engine_files(subject.engine, subject.root))
+    if damaged:
+        yield from damaged
+        return
+    rung, report = subject.engine.rung, subject.replayed_engine
+    if report["stage"] == "import":
+        yield Finding(f"with the engine {rung}: {report['error']}", ENGINE_FILE, _OPTIMISED)
+    elif report.get("engine") == rung or "error" in report:
+        yield from _answered(report, subject.spec, subject.engine.tolerance, f"engine {rung}, ")
+    elif report["reason"] in _DAMAGED:
+        yield Finding(f"the engine {rung} cannot serve where it fits: {report['fallback']}", ENGINE_FILE, _OPTIMISED)
+    else:
+        yield f"engine {rung} not tried on this machine, plain weights answer: {report['fallback']}"
+
+
+def _engine_files(engine: EngineSpec, root: Path) -> Iterator[Finding]:
+    """Every file below `engine/` is one that engine.json names, and is the one that was built."""
+    named = {file.path for file in engine.files}
+    for name in archive.file_names(root):
+        if name.startswith(f"{ENGINE_FOLDER}/") and name not in named:
+            yield Finding(f"{ENGINE_FILE} does not name this file", name, _OPTIMISED)
+    damaged = engine_spec.files_obstacle(engine, root)
+    if damaged is not None:
+        yield Finding(damaged.detail, ENGINE_FILE, _OPTIMISED)
+
+
+def _answered(report: dict[str, Any], spec: ModelSpec, tolerance: float, who: str = "") -> Iterator[Finding]:
+    """What is wrong with the golden answers of one replay."""
     if "error" in report:
         yield Finding(report["error"], spec.handler + ".py", "mend the handler and pack again")
         return
     for index, (sample, answer) in enumerate(zip(spec.golden.samples, report["alone"], strict=True)):
-        yield from _compare(answer, spec, index, f"{sample.file}, alone")
+        yield from _compare(answer, spec, index, f"{who}{sample.file}, alone", tolerance)
     for position, (index, answer) in enumerate(zip(report["order"], report["batch"], strict=True)):
-        where = f"{spec.golden.samples[index].file}, at {position} of a batch of {len(report['order'])}"
+        where = f"{position} of a batch of {len(report['order'])}"
         if position == report["poison_at"]:
-            yield from _refused(answer, f"the poison at {position} of a batch of {len(report['order'])}")
+            yield from _refused(answer, f"{who}the poison at {where}")
         else:
-            yield from _compare(answer, spec, index, where)
+            yield from _compare(answer, spec, index, f"{who}{spec.golden.samples[index].file}, at {where}", tolerance)
 
 
 CHECKS = (
@@ -289,11 +344,12 @@ CHECKS = (
     Check("configuration", configuration, guard=True),
     Check("loads in TorchServe", loads),
     Check("golden samples", golden),
+    Check("engine", engine),
 )
 """To add a check: write its function above, add it here, and a test that plants its fault."""
 
 
-def _compare(answer: dict[str, Any], spec: ModelSpec, index: int, where: str) -> Iterator[Finding]:
+def _compare(answer: dict[str, Any], spec: ModelSpec, index: int, where: str, tolerance: float) -> Iterator[Finding]:
     sample = spec.golden.samples[index]
     remedy = "serve with the versions in build.json, or export and pack again"
     if answer["status"] != 200:
@@ -305,7 +361,7 @@ def _compare(answer: dict[str, Any], spec: ModelSpec, index: int, where: str) ->
     except (ValueError, KeyError, TypeError, IndexError) as error:
         yield Finding(f"the answer is not a prediction: {error!r}", where, "mend the handler and pack again")
         return
-    difference = mismatch(spec, sample, got)
+    difference = mismatch(spec, sample, got, tolerance)
     if difference:
         yield Finding(difference, where, remedy)
 
@@ -319,7 +375,7 @@ def _refused(answer: dict[str, Any], where: str) -> Iterator[Finding]:
         )
 
 
-def _run_replay(python: str, root: Path, scratch: Path, batch_size: int) -> dict[str, Any]:
+def _run_replay(python: str, root: Path, scratch: Path, batch_size: int, *, engine: str) -> dict[str, Any]:
     """A worker's environment and no more of ours than it would have."""
     kept = {
         key: os.environ[key]
@@ -327,6 +383,7 @@ def _run_replay(python: str, root: Path, scratch: Path, batch_size: int) -> dict
         if key in os.environ
     }
     environment = {**kept, "PYTHONPATH": str(root), "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["MARINA_ENGINE"] = engine
     command = [python, str(Path(__file__).with_name("replay.py")), str(root), str(batch_size)]
     try:
         done = subprocess.run(

@@ -60,10 +60,9 @@ class Bins:
         """Each distribution with its distinct bins in order."""
         return {"confidence": self.confidence, "class": tuple(dict.fromkeys(self.classes))}
 
-    def of_answer(self, probabilities: Sequence[float]) -> tuple[str, str]:
-        """One row of probabilities -> its bins of `confidence` and of `class`."""
-        most = max(probabilities)
-        return self.confidence[bisect_right(self.edges, most)], self.classes[probabilities.index(most)]
+    def of_answer(self, index: int, probability: float) -> tuple[str, str]:
+        """Index and probability of an answer's first label -> its bins of `confidence` and of `class`."""
+        return self.confidence[bisect_right(self.edges, probability)], self.classes[index]
 
     def expected(self, baseline: Baseline) -> dict[tuple[Distribution, str], int]:
         """Test images per bin."""

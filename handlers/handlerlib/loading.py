@@ -1,27 +1,39 @@
-"""A folder with spec and weights -> a network on its device, proved against its golden samples and warmed up."""
+"""A folder with spec, weights and perhaps an engine -> what answers, proved against its golden samples and warmed up.
+
+The engine that an artifact brings (`engine.json`) is used where machine and packages are those that it was built for.
+Whatever stands against it, the plain weights answer instead, and one line of the log and a metric say so.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from handlerlib import architectures, imaging
+from handlerlib import architectures, engine_spec, engines
+from handlerlib.engine_spec import EngineSpec, Obstacle, Reason
+from handlerlib.engines import Engine, PlainEngine
 from handlerlib.errors import MarinaError, SpecError
-from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec, Preprocess
+from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+
+__all__ = ["Engine", "LoadedModel", "PlainEngine", "SelfTestFailed", "Serving", "load", "self_test", "warm_up"]
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_SECONDS = 20.0
 """Budget of the warm-up; the sizes that did not fit into it are named in the log."""
+PLAIN = "plain"
+"""Name of the engine that every artifact has: eager float32 torch."""
+ENGINE_SWITCH = "MARINA_ENGINE"
+"""`auto` (also when unset): the packed engine where it fits; `plain`: never."""
 
 
 class SelfTestFailed(MarinaError):
@@ -30,82 +42,98 @@ class SelfTestFailed(MarinaError):
     exit_code = 5
 
 
-class Engine(Protocol):
-    """What runs the network on one kind of hardware. Normalisation belongs to it, so that it can be fused."""
+class BadSwitch(MarinaError):
+    """MARINA_ENGINE holds something else than auto or plain."""
 
-    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
-        """uint8 `[B, C, height, width]` as decoded -> softmax over classes, float32 `[B, classes]` on the CPU.
-
-        `threads` is the number of CPU threads that it may use for this batch, at least 1.
-        """
+    exit_code = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """Which engine answers, and why not the packed one when it does not."""
+
+    engine: str = PLAIN
+    """The rung's name, e.g. `openvino-int8`, or `plain`."""
+    tolerance: float | None = None
+    """Of the engine against the golden probabilities; None: the spec's own."""
+    packed: str | None = None
+    """The rung that the artifact brings; None when it brings none."""
+    fallback: Reason | None = None
+    """Why the plain weights answer instead of `packed`; None when they do not."""
+    detail: str = ""
+    """The same as a sentence."""
+
+
+@dataclass(slots=True)
 class LoadedModel:
-    """A model ready to answer, with its spec and the device it lives on."""
+    """A model ready to answer, with its spec and the device it lives on.
+
+    The engine may change once, in `self_test`: call `probabilities` and keep no reference to `engine`.
+    """
 
     spec: ModelSpec
     engine: Engine
     device: torch.device
+    serving: Serving = Serving()
 
     def probabilities(self, x_BCHW: Tensor, threads: int = 0) -> Tensor:
         """uint8 `[B, C, height, width]` -> probabilities, float32 `[B, classes]` on the CPU; 0 threads: as they are."""
         return self.engine(x_BCHW, threads or torch.get_num_threads())
 
 
-@dataclass(frozen=True, slots=True)
-class PlainEngine:
-    """torch in eager mode, float32: the reference that every other engine is measured against."""
-
-    network: nn.Module
-    preprocess: Preprocess
-    device: torch.device
-
-    @torch.inference_mode()
-    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        logits: Tensor = self.network(imaging.normalise(x_BCHW.to(self.device), self.preprocess))
-        return logits.float().softmax(dim=1).cpu()
-
-
 def load(folder: Path, device: torch.device) -> LoadedModel:
-    """Read spec and weights (safetensors only) from `folder`.
+    """Read spec, and engine or weights (safetensors only), from `folder`.
 
-    Raises SpecError when the spec is wrong or the weights do not belong to its architecture.
+    Raises SpecError when the spec is wrong or the weights do not belong to its architecture, and BadSwitch.
     """
+    switch = _switch()
     spec = ModelSpec.load(folder)
-    weights = _read_weights(folder / WEIGHTS_FILE)
-    network = _assemble(spec, weights)
-    plain = PlainEngine(network.eval().requires_grad_(False).to(device), spec.preprocess, device)
-    return LoadedModel(spec, plain, device)
+    try:
+        engine = EngineSpec.load(folder)
+    except SpecError as error:
+        return _plain(spec, folder, device, "unreadable", Obstacle("spec", str(error)))
+    if engine is None:
+        return _plain(spec, folder, device)
+    against = (
+        Obstacle("switched-off", f"{ENGINE_SWITCH} is {PLAIN}") if switch == PLAIN else _against(engine, folder, device)
+    )
+    if against is not None:
+        return _plain(spec, folder, device, engine.rung, against)
+    try:
+        opened = engines.open_engine(engine, folder, spec.preprocess, device, lambda: read_network(folder, spec))
+    except Exception as error:  # noqa: BLE001 - runtimes raise anything; the plain weights can always answer
+        return _plain(spec, folder, device, engine.rung, Obstacle("load", f"{type(error).__name__}: {error}"))
+    serving = Serving(engine=engine.rung, tolerance=engine.tolerance, packed=engine.rung)
+    return LoadedModel(spec, opened, device, serving)
+
+
+def read_network(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The plain network of `folder`, on the CPU, in eval mode and without gradients. Raises SpecError."""
+    return _assemble(spec, _read_weights(folder / WEIGHTS_FILE)).eval().requires_grad_(False)
 
 
 def self_test(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path) -> float:
-    """Run every golden sample through `answer` (encoded bytes -> probabilities `[classes]`).
+    """Run every golden sample through `answer` (encoded bytes -> probabilities `[classes]`), which asks `model`.
 
+    An engine that fails with its own tolerance is replaced by the plain weights, which are then tested with the spec's.
     Returns the largest difference seen. Raises SelfTestFailed naming the sample, what was expected and what came.
     """
-    worst = 0.0
-    for sample in model.spec.golden.samples:
-        got = answer(_read_golden(folder / sample.file, sample.file))
-        expected = torch.tensor(sample.probabilities)
-        difference = (got - expected).abs()
-        index = int(difference.argmax())
-        # Written so that a NaN fails too.
-        if not float(difference.max()) <= model.spec.golden.tolerance:
-            label = model.spec.labels[index]
-            raise SelfTestFailed(
-                f"golden sample {sample.file}: probability of '{label}' expected {float(expected[index]):.6f}, "
-                f"got {float(got[index]):.6f}, tolerance {model.spec.golden.tolerance:g}",
-                remedy="serve with the torch version and device that the archive was built for, or export and pack again",
-            )
-        worst = max(worst, float(difference.max()))
-    return worst
+    serving = model.serving
+    if serving.engine != PLAIN:
+        try:
+            worst = _largest_difference(model, answer, folder, serving.tolerance or model.spec.golden.tolerance)
+        except Exception as error:  # noqa: BLE001 - as in `load`
+            _fall_back(model, folder, str(error))
+        else:
+            logger.info("%s %s is served by its engine %s", model.spec.name, model.spec.version, serving.engine)
+            return worst
+    return _largest_difference(model, answer, folder, model.spec.golden.tolerance)
 
 
-def warm_up(model: LoadedModel, sizes: Iterable[int], budget: float = WARM_UP_SECONDS) -> tuple[int, ...]:
-    """One forward pass of an empty batch per size, in the given order, until `budget` seconds are spent.
+def warm_up(
+    model: LoadedModel, sizes: Iterable[int], budget: float = WARM_UP_SECONDS, threads: Sequence[int] = (0,)
+) -> tuple[int, ...]:
+    """One forward pass of an empty batch per size and number of threads, in order, until `budget` seconds are spent.
 
     Kernels and buffers are chosen per shape, so the first request of a size would otherwise pay for it. Returns the
     sizes that were run.
@@ -118,9 +146,67 @@ def warm_up(model: LoadedModel, sizes: Iterable[int], budget: float = WARM_UP_SE
         if time.monotonic() > deadline:
             logger.warning("warm-up stopped after %.0f s, batch sizes not run: %s", budget, pending[len(done) :])
             break
-        model.probabilities(torch.zeros(size, shape.channels, shape.height, shape.width, dtype=torch.uint8))
+        x_BCHW = torch.zeros(size, shape.channels, shape.height, shape.width, dtype=torch.uint8)
+        for count in threads:
+            model.probabilities(x_BCHW, count)
         done.append(size)
     return tuple(done)
+
+
+def _switch() -> str:
+    given = os.environ.get(ENGINE_SWITCH, "auto")
+    if given not in ("auto", PLAIN):
+        raise BadSwitch(f"{ENGINE_SWITCH} is '{given}'", remedy=f"set it to auto or {PLAIN}, or unset it")
+    return given
+
+
+def _against(engine: EngineSpec, folder: Path, device: torch.device) -> Obstacle | None:
+    found = engine_spec.obstacle(engine, device.type)
+    wanted = engine.built_for.gpu_capability
+    if found is None and wanted is not None:
+        here = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        if here != wanted:
+            found = Obstacle("gpu-capability", f"it was built for compute capability {wanted} and this GPU has {here}")
+    return found or engine_spec.files_obstacle(engine, folder)
+
+
+def _plain(
+    spec: ModelSpec, folder: Path, device: torch.device, packed: str | None = None, against: Obstacle | None = None
+) -> LoadedModel:
+    plain = PlainEngine(read_network(folder, spec).to(device), spec.preprocess, device)
+    if against is None:
+        return LoadedModel(spec, plain, device)
+    level = logging.INFO if against.reason == "switched-off" else logging.WARNING
+    logger.log(
+        level, "%s %s: the plain weights answer instead of the engine %s: %s (%s)",
+        spec.name, spec.version, packed, against.detail, against.reason,
+    )  # fmt: skip
+    return LoadedModel(spec, plain, device, Serving(packed=packed, fallback=against.reason, detail=against.detail))
+
+
+def _fall_back(model: LoadedModel, folder: Path, detail: str) -> None:
+    against = Obstacle("self-test", detail)
+    plain = _plain(model.spec, folder, model.device, model.serving.packed, against)
+    model.engine, model.serving = plain.engine, plain.serving
+
+
+def _largest_difference(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path, tolerance: float) -> float:
+    worst = 0.0
+    for sample in model.spec.golden.samples:
+        got = answer(_read_golden(folder / sample.file, sample.file))
+        expected = torch.tensor(sample.probabilities)
+        difference = (got - expected).abs()
+        index = int(difference.argmax())
+        # Written so that a NaN fails too.
+        if not float(difference.max()) <= tolerance:
+            label = model.spec.labels[index]
+            raise SelfTestFailed(
+                f"golden sample {sample.file}: probability of '{label}' expected {float(expected[index]):.6f}, "
+                f"got {float(got[index]):.6f}, tolerance {tolerance:g}",
+                remedy="serve with the torch version and device that the archive was built for, or export and pack again",
+            )
+        worst = max(worst, float(difference.max()))
+    return worst
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

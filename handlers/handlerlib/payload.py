@@ -25,7 +25,7 @@ TOP_K_HEADER = "x-top-k"
 class Request:
     """What one client asked: encoded inputs, at least one, and how many labels it wants for each."""
 
-    instances: tuple[bytes, ...]
+    instances: tuple[bytes | bytearray, ...]
     top_k: int
 
 
@@ -58,7 +58,8 @@ def _one(value: Any, top_k: str | None, limits: Limits) -> Request:
     data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
     if not isinstance(data, bytes | bytearray | memoryview):
         raise MalformedRequest("the form field must hold a file's bytes")
-    return Request((_within(bytes(data), limits),), _top_k(top_k, limits))
+    data = bytes(data) if isinstance(data, memoryview) else data
+    return Request((_within(data, limits),), _top_k(top_k, limits))
 
 
 def _from_json(body: Any, headers: Mapping[str, str], limits: Limits) -> Request:
@@ -89,7 +90,7 @@ def _parse_json(body: bytes | bytearray | memoryview | str) -> Any:
         raise MalformedRequest("the body is not valid JSON") from error
 
 
-def _from_base64(instance: Any, index: int, limits: Limits) -> bytes:
+def _from_base64(instance: Any, index: int, limits: Limits) -> bytes | bytearray:
     if not isinstance(instance, Mapping) or set(instance) != {"b64"} or not isinstance(instance["b64"], str):
         raise MalformedRequest(f'instance {index} must be {{"b64": "..."}}')
     text = instance["b64"]
@@ -103,7 +104,7 @@ def _from_base64(instance: Any, index: int, limits: Limits) -> bytes:
     return _within(data, limits)
 
 
-def _within(data: bytes, limits: Limits) -> bytes:
+def _within(data: bytes | bytearray, limits: Limits) -> bytes | bytearray:
     if not data:
         raise MalformedRequest("the image is empty")
     if len(data) > limits.max_bytes:

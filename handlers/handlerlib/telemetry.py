@@ -18,8 +18,7 @@ import traceback
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from handlerlib.drift import Bins
 from handlerlib.errors import RequestError
@@ -45,6 +44,18 @@ _ARRIVAL = re.compile(r"t=(\d{16})")
 _TRACE_ID = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST_WAIT = 3600.0
 
+
+class Serving(Protocol):
+    """What is told about the engine: `handlerlib.loading.Serving`."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def packed(self) -> str | None: ...
+    @property
+    def fallback(self) -> str | None: ...
+
+
 Labels = tuple[str, ...]
 """Values, in the order of metrics.yaml."""
 
@@ -52,19 +63,18 @@ Labels = tuple[str, ...]
 class Stopwatch:
     """Seconds spent in each stage of one batch, and since it began."""
 
+    __slots__ = ("_began", "_last", "began", "seconds")
+
     def __init__(self) -> None:
         self.began = time.time()
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self._began = time.perf_counter()
+        self._began = self._last = time.perf_counter()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time inside the block to the stage `name`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - started
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap, or since the beginning, to `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._last
+        self._last = now
 
     def elapsed(self) -> float:
         """Seconds since the batch began."""
@@ -124,8 +134,8 @@ class Reporter:
     Whatever goes wrong here is logged and never hurts an answer.
     """
 
-    def __init__(self, spec: ModelSpec, metrics: Any) -> None:
-        """`metrics` is TorchServe's metrics cache; with None nothing is sent."""
+    def __init__(self, spec: ModelSpec, metrics: Any, serving: Serving | None = None) -> None:
+        """`metrics` is TorchServe's metrics cache; with None nothing is sent. `serving` says which engine answers."""
         self._own = (spec.name, spec.version)
         self._metrics = metrics
         self._bins = Bins.of(spec.labels, spec.baseline)
@@ -136,6 +146,8 @@ class Reporter:
             return
         try:
             self._announce(spec.baseline)
+            if serving is not None:
+                self._announce_engine(serving)
         except Exception as error:  # noqa: BLE001 - a server with another metrics.yaml must be able to serve us
             logger.warning("no figures are sent, this server's metrics.yaml lacks ours: %s", error)
             self._metrics = None
@@ -148,14 +160,15 @@ class Reporter:
         *,
         arrivals: Sequence[float | None],
         outcomes: Sequence[str],
-        rows: Sequence[Sequence[float]],
+        answers: Sequence[tuple[int, float]],
     ) -> None:
-        """One batch: `arrival` and `outcome` of each request, and the probabilities of each input that has an answer."""
+        """One batch: `arrival` and `outcome` of each request, and of each input that has an answer its first label's
+        index and probability."""
         if self._metrics is None:
             return
         try:
             with self._lock:
-                self._count(stopwatch, arrivals, outcomes, rows)
+                self._count(stopwatch, arrivals, outcomes, answers)
             self._something.set()
         except Exception:
             logger.exception("figures of a batch were lost")
@@ -172,13 +185,13 @@ class Reporter:
         stopwatch: Stopwatch,
         arrivals: Sequence[float | None],
         outcomes: Sequence[str],
-        rows: Sequence[Sequence[float]],
+        answers: Sequence[tuple[int, float]],
     ) -> None:
         figures, total = self._figures, stopwatch.elapsed()
         for stage, seconds in stopwatch.seconds.items():
             figures.observe(f"marina_{stage}_seconds", seconds)
         figures.observe("marina_handle_seconds", total)
-        figures.observe("marina_batch_size", len(rows))
+        figures.observe("marina_batch_size", len(answers))
         for arrived, result in zip(arrivals, outcomes, strict=True):
             waited = 0.0
             if arrived is not None:
@@ -186,8 +199,8 @@ class Reporter:
                 figures.observe("marina_queue_seconds", waited)
             figures.observe("marina_request_seconds", waited + total)
             figures.add("marina_requests_total", result)
-        for row in rows:
-            confidence, predicted = self._bins.of_answer(row)
+        for index, probability in answers:
+            confidence, predicted = self._bins.of_answer(index, probability)
             figures.add("marina_answers_total", "confidence", confidence)
             figures.add("marina_answers_total", "class", predicted)
 
@@ -204,6 +217,14 @@ class Reporter:
         if baseline is not None:
             for (distribution, name), count in self._bins.expected(baseline).items():
                 self._send("marina_baseline_answers", (distribution, name), count, kind="gauge")
+
+    def _announce_engine(self, serving: Serving) -> None:
+        """Which engine answers, and the reason when it is not the packed one; both stand still."""
+        # The other one is sent too: it may have answered before this worker was started again.
+        for name in dict.fromkeys((serving.engine, *((serving.packed, "plain") if serving.packed else ()))):
+            self._send("marina_engine", (name,), int(name == serving.engine), kind="gauge")
+        if serving.fallback is not None:
+            self._send("marina_engine_fallback", (serving.fallback,), 1, kind="gauge")
 
     def _send(self, name: str, labels: Labels, amount: float, *, kind: str = "counter") -> None:
         # Only where TorchServe itself handed us its metrics cache is there a `ts` to import from.
@@ -232,9 +253,12 @@ def outcome(outputs: Iterable[object]) -> str:
 
 
 def arrival(headers: Mapping[str, Any]) -> float | None:
-    """Unix time at which the gateway received a request; None without a gateway or for an absurd time."""
-    given = next((value for name, value in headers.items() if name.lower() == ARRIVAL_HEADER), "")
-    found = _ARRIVAL.fullmatch(str(given))
+    """Unix time at which the gateway received a request, by its headers (names in lower case).
+
+    None without a gateway or for an absurd time.
+    """
+    given = headers.get(ARRIVAL_HEADER)
+    found = _ARRIVAL.fullmatch(str(given)) if given is not None else None
     arrived = int(found[1]) / 1e6 if found else 0.0
     return arrived if abs(time.time() - arrived) < _LONGEST_WAIT else None
 

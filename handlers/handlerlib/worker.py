@@ -6,9 +6,8 @@ stands alone. Nothing here raises towards TorchServe, because TorchServe would f
 
 from __future__ import annotations
 
-import json
+import gc
 import logging
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,16 +18,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from handlerlib import loading, parking, payload, telemetry
+import handlerlib.lean  # noqa: F401 - before anything that imports torchvision itself
+from handlerlib import answers, loading, parking, payload, protocol, quarantine, telemetry
+from handlerlib.answers import Ranked
+from handlerlib.cores import Cores
 from handlerlib.errors import InferenceFailed, OutOfMemory, RequestError
 from handlerlib.loading import LoadedModel
+from handlerlib.recorder import Recorder
+from handlerlib.spec import Architecture
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-marina-request-id"
 """Set by the gateway, which drops a client's own."""
-Output = list[float] | RequestError
-"""Probabilities of one input, or why it has none."""
+CHUNK_VALUES = 8 * 3 * 224 * 224
+"""Input values that go through the network at once on a CPU, but at least `CHUNK_ROWS` rows: beyond it a larger batch is
+no faster there and only takes more memory."""
+CHUNK_ROWS = 8
+Headers = dict[str, str]
+"""One request's, with names in lower case."""
+Output = Ranked | RequestError
+"""The most probable labels of one input, or why it has none."""
 Result = tuple[payload.Request, list[Output]] | RequestError
 """One request with its outputs, or why it could not be read."""
 _SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -50,23 +60,20 @@ class Context(Protocol):
 
 
 class ModelHandler(ABC):
-    """TorchServe calls `initialize` once and `handle` per batch; an entry supplies the three steps between them."""
+    """TorchServe calls `initialize` once and `handle` per batch; an entry supplies the two steps between bytes and batch."""
 
     model: LoadedModel
     batch_size: int
     reporter: telemetry.Reporter
+    cores: Cores
 
     @abstractmethod
-    def decode(self, data: bytes) -> Tensor:
-        """One encoded input -> one tensor. Raises RequestError when the input is at fault."""
+    def decode(self, data: bytes | bytearray) -> Tensor:
+        """One encoded input -> one tensor. Raises RequestError when the input is at fault. Called in several threads."""
 
     @abstractmethod
     def to_batch(self, items: Sequence[Tensor]) -> Tensor:
         """Decoded inputs -> the network's batch."""
-
-    @abstractmethod
-    def encode(self, probabilities: Sequence[float], top_k: int) -> list[dict[str, Any]]:
-        """One row of outputs -> what the client reads for one input."""
 
     def initialize(self, context: Context) -> None:
         """Load, prove against the golden samples, warm up. Returning means ready.
@@ -83,23 +90,39 @@ class ModelHandler(ABC):
         """Rows of one batch -> one body per row, in order; status and headers go through `context`."""
         if parking.is_describe(data, context.get_all_request_header(0)):
             return [parking.describe()]
+        self.cores.begin()
+        try:
+            return self._handle(data, context)
+        finally:
+            self.cores.end()
+
+    def _handle(self, data: Sequence[Mapping[str, Any]], context: Context) -> list[bytes]:
         stopwatch = telemetry.Stopwatch()
-        with stopwatch.stage("decode"):
-            requests = [self._parse(row, index, context) for index, row in enumerate(data)]
-            items = self._decode_all(requests)
-        outputs = self._infer_all(items, stopwatch)
-        with stopwatch.stage("postprocess"):
-            results = _per_request(requests, outputs)
-            bodies = [self._answer(result, index, context) for index, result in enumerate(results)]
+        headers = [_request_headers(context, index) for index in range(len(data))]
+        requests = [self._parse(row, sent) for row, sent in zip(data, headers, strict=True)]
+        encoded = [one for request in requests if isinstance(request, payload.Request) for one in request.instances]
+        self._recorder.offer(encoded)
+        top_k = max((request.top_k for request in requests if isinstance(request, payload.Request)), default=1)
+        outputs = self._guard.run(encoded, lambda inputs: self._outputs(inputs, top_k, stopwatch))
+        results = _per_request(requests, outputs)
+        bodies = [self._answer(result, index, headers[index], context) for index, result in enumerate(results)]
+        stopwatch.lap("postprocess")
         self.reporter.record(
             stopwatch,
-            arrivals=[telemetry.arrival(context.get_all_request_header(index)) for index in range(len(data))],
+            arrivals=[telemetry.arrival(sent) for sent in headers],
             outcomes=[
                 telemetry.outcome([result] if isinstance(result, RequestError) else result[1]) for result in results
             ],
-            rows=[output for output in outputs if not isinstance(output, RequestError)],
+            answers=[(output[0][0], output[1][0]) for output in outputs if not isinstance(output, RequestError)],
         )
         return bodies
+
+    def _outputs(
+        self, encoded: Sequence[bytes | bytearray], top_k: int, stopwatch: telemetry.Stopwatch
+    ) -> list[Output]:
+        items = self._decode_all(encoded)
+        stopwatch.lap("decode")
+        return self._infer_all(items, top_k, stopwatch)
 
     def _start(self, context: Context) -> None:
         properties = context.system_properties
@@ -107,44 +130,76 @@ class ModelHandler(ABC):
         gpu = properties.get("gpu_id")
         device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
         self.batch_size = max(1, int(properties.get("batch_size") or 1))
-        self._use_share_of_cores(context.model_yaml_config or {})
-        self.model = loading.load(folder, device)
-        worst = loading.self_test(self.model, self._answer_alone, folder)
-        sizes = loading.warm_up(self.model, _warm_up_order(self.batch_size))
-        spec = self.model.spec
-        self.reporter = telemetry.Reporter(spec, context.metrics)
+        workers = max(1, int((context.model_yaml_config or {}).get("minWorkers", 1)))
+        self.cores = Cores.of_server(workers)
+        torch.set_num_threads(self.cores.count)
+        self._pool = _decoders(self.cores.count)
+        self.cores.begin()
+        try:
+            self.model = loading.load(folder, device)
+            spec = self.model.spec
+            self._recorder = Recorder(spec.name, spec.version)
+            self._guard = quarantine.guard()
+            self._renderer = answers.Renderer(spec.name, spec.version, spec.labels)
+            self._chunk = self.batch_size if device.type == "cuda" else _chunk(self.batch_size, spec.architecture)
+            worst = loading.self_test(self.model, self._answer_alone, folder)
+            self._warm_up(device, workers)
+        finally:
+            self.cores.end()
+        self.reporter = telemetry.Reporter(spec, context.metrics, self.model.serving)
+        if protocol.in_worker():
+            # Loading leaves some 500,000 objects that stay for ever. A full garbage collection would look through them
+            # all, for a third of a second in the middle of some batch.
+            gc.freeze()
+            protocol.speed_up(context)
         logger.info(
-            "%s %s ready on %s: %d golden samples within %.1e, batch sizes warmed: %d of %d",
-            spec.name, spec.version, device, len(spec.golden.samples), worst, len(sizes), self.batch_size,
+            "%s %s ready on %s: %d golden samples within %.1e, %d at once on up to %d cores",
+            spec.name, spec.version, device, len(spec.golden.samples), worst, self._chunk, self.cores.count,
         )  # fmt: skip
 
-    def _use_share_of_cores(self, config: Mapping[str, Any]) -> None:
-        """Workers of one model must not fight for cores: each takes its share (100x on CPU, pytorch/serve#1138)."""
-        workers = max(1, int(config.get("minWorkers", 1)))
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
-        torch.set_num_threads(threads)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    def _warm_up(self, device: torch.device, workers: int) -> None:
+        """Every batch size on a GPU. On a CPU a size's first batch takes some milliseconds longer, not more; there the
+        largest makes room in memory, and the smallest prepares each number of threads that a worker may get.
+        """
+        if device.type == "cuda":
+            loading.warm_up(self.model, dict.fromkeys([1, self._chunk, *range(2, self._chunk)]))
+            return
+        count = self.cores.count
+        loading.warm_up(self.model, dict.fromkeys([1, self._chunk]), threads=(count,))
+        for busy in range(2, max(2, workers) + 1):
+            loading.warm_up(self.model, [1], threads=(max(1, count // busy),))
 
     def _answer_alone(self, data: bytes) -> Tensor:
-        return self.model.probabilities(self.to_batch([self.decode(data)]))[0]
+        return self.model.probabilities(self.to_batch([self.decode(data)]), self.cores.count)[0]
 
-    def _parse(self, row: Mapping[str, Any], index: int, context: Context) -> payload.Request | RequestError:
+    def _parse(self, row: Mapping[str, Any], headers: Headers) -> payload.Request | RequestError:
         try:
-            headers = _request_headers(context, index)
             return payload.parse(row, headers, self.model.spec.limits)
         except RequestError as error:
             return error
         except Exception as error:  # noqa: BLE001 - logged with the answer
             return _caused(InferenceFailed("the request could not be read"), error)
 
-    def _decode_all(self, requests: Sequence[payload.Request | RequestError]) -> list[Tensor | RequestError]:
-        """All inputs of all readable requests, flat and in order."""
-        encoded = [data for request in requests if isinstance(request, payload.Request) for data in request.instances]
-        return (
-            list(self._pool.map(self._decode_one, encoded)) if len(encoded) > 1 else [*map(self._decode_one, encoded)]
-        )
+    def _decode_all(self, encoded: Sequence[bytes | bytearray]) -> list[Tensor | RequestError]:
+        """In order. This thread decodes too: alone unless it may use more cores and there is more than one input."""
+        helpers = min(self.cores.share(), len(encoded)) - 1 if len(encoded) > 1 else 0
+        torch.set_num_threads(1)  # each image by one thread: nothing that is done with one gains from more
+        if helpers < 1 or self._pool is None:
+            return [self._decode_one(data) for data in encoded]
+        decoded: list[Tensor | RequestError | None] = [None] * len(encoded)
+        pending = enumerate(encoded)  # every thread takes its next one from here
 
-    def _decode_one(self, data: bytes) -> Tensor | RequestError:
+        def take() -> None:
+            for index, data in pending:
+                decoded[index] = self._decode_one(data)
+
+        helping = [self._pool.submit(take) for _ in range(helpers)]
+        take()
+        for helper in helping:
+            helper.result()
+        return [item for item in decoded if item is not None]
+
+    def _decode_one(self, data: bytes | bytearray) -> Tensor | RequestError:
         try:
             return self.decode(data)
         except RequestError as error:
@@ -154,57 +209,55 @@ class ModelHandler(ABC):
         except Exception as error:  # noqa: BLE001 - logged with the answer
             return _caused(InferenceFailed("the input could not be decoded"), error)
 
-    def _infer_all(self, items: Sequence[Tensor | RequestError], stopwatch: telemetry.Stopwatch) -> list[Output]:
-        """Run the good items in batches of at most `batch_size`; bad ones keep their error and their place."""
+    def _infer_all(
+        self, items: Sequence[Tensor | RequestError], top_k: int, stopwatch: telemetry.Stopwatch
+    ) -> list[Output]:
+        """Run the good items in batches of at most `_chunk`; bad ones keep their error and their place."""
         good = [item for item in items if isinstance(item, Tensor)]
         rows: list[Output] = []
-        for start in range(0, len(good), self.batch_size):
-            rows += self._infer(good[start : start + self.batch_size], stopwatch)
+        for start in range(0, len(good), self._chunk):
+            rows += self._infer(good[start : start + self._chunk], top_k, stopwatch)
         in_order = iter(rows)
         return [item if isinstance(item, RequestError) else next(in_order) for item in items]
 
-    def _infer(self, items: Sequence[Tensor], stopwatch: telemetry.Stopwatch) -> list[Output]:
+    def _infer(self, items: Sequence[Tensor], top_k: int, stopwatch: telemetry.Stopwatch) -> list[Output]:
         try:
-            with stopwatch.stage("preprocess"):
-                batch = self.to_batch(items)
-            with stopwatch.stage("inference"):
-                rows = self.model.probabilities(batch)
+            batch = self.to_batch(items)
+            stopwatch.lap("preprocess")
+            rows = self.model.probabilities(batch, self.cores.share())
+            stopwatch.lap("inference")
         except Exception as error:  # noqa: BLE001 - whatever one input does, the others get their answers
+            stopwatch.lap("inference")
             out_of_memory = _is_out_of_memory(error)
             if len(items) == 1:
                 return [_alone(error, out_of_memory)]
             logger.warning("a batch of %d failed (%s) and is run again in halves", len(items), type(error).__name__)
         else:
-            finite = rows.isfinite().all(dim=1).tolist()
-            return [
-                row if fine else InferenceFailed("the model gave no finite answer for this input")
-                for row, fine in zip(rows.tolist(), finite, strict=True)
-            ]
+            return _outputs(rows, top_k)
         # Outside the handler above: the failed batch's tensors are held by the exception until it is gone.
         if out_of_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         middle = len(items) // 2
-        return self._infer(items[:middle], stopwatch) + self._infer(items[middle:], stopwatch)
+        return self._infer(items[:middle], top_k, stopwatch) + self._infer(items[middle:], top_k, stopwatch)
 
-    def _answer(self, result: Result, index: int, context: Context) -> bytes:
+    def _answer(self, result: Result, index: int, headers: Headers, context: Context) -> bytes:
         if isinstance(result, RequestError):
-            return self._refuse(result, index, context)
+            return self._refuse(result, index, headers, context)
         request, outputs = result
-        predictions = []
+        ranked: list[tuple[Ranked, int]] = []
         for position, output in enumerate(outputs):
             if isinstance(output, RequestError):
                 where = f"instance {position}: " if len(outputs) > 1 else ""
-                return self._refuse(_caused(type(output)(where + str(output)), output.__cause__), index, context)
-            predictions.append(self.encode(output, request.top_k))
-        spec = self.model.spec
+                error = _caused(type(output)(where + str(output)), output.__cause__)
+                return self._refuse(error, index, headers, context)
+            ranked.append((output, request.top_k))
         context.set_response_content_type(index, "application/json")
-        document = {"model": spec.name, "version": spec.version, "predictions": predictions}
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        return self._renderer.document(ranked)
 
-    def _refuse(self, error: RequestError, index: int, context: Context) -> bytes:
-        request_id = _request_id(index, context)
+    def _refuse(self, error: RequestError, index: int, headers: Headers, context: Context) -> bytes:
+        request_id = _request_id(index, headers, context)
         if error.status >= 500:
-            trace_id = telemetry.trace_id(_request_headers(context, index))
+            trace_id = telemetry.trace_id(headers)
             telemetry.log_failure(error, request_id=request_id, trace_id=trace_id, spec=self.model.spec)
         context.set_response_status(error.status, error.title, index)
         context.set_response_content_type(index, "application/problem+json")
@@ -220,15 +273,31 @@ def _per_request(requests: Sequence[payload.Request | RequestError], outputs: It
     ]
 
 
-def _warm_up_order(largest: int) -> list[int]:
-    """Every size from 1 to `largest`, the two that matter most first."""
-    return list(dict.fromkeys([1, largest, *range(2, largest)]))
+def _outputs(rows_BK: Tensor, top_k: int) -> list[Output]:
+    ranked: list[Output] = [*answers.rank(rows_BK, top_k)]
+    for row, fine in enumerate(answers.finite(rows_BK)):
+        if not fine:
+            ranked[row] = InferenceFailed("the model gave no finite answer for this input")
+    return ranked
 
 
-def _request_headers(context: Context, index: int) -> dict[str, str]:
+def _chunk(batch_size: int, shape: Architecture) -> int:
+    rows = CHUNK_VALUES // (shape.channels * shape.height * shape.width)
+    return min(batch_size, max(CHUNK_ROWS, rows))
+
+
+def _decoders(cores: int) -> ThreadPoolExecutor | None:
+    """Threads that decode beside the worker's own; None where it has one core. They start when they are needed."""
+    if cores == 1:
+        return None
+    # torch's number of threads is a setting of each thread.
+    return ThreadPoolExecutor(cores - 1, "decode", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _request_headers(context: Context, index: int) -> Headers:
     """Lower-case names. TorchServe mixes the request's headers with one dict per form field; those are left out."""
     found = context.get_all_request_header(index)
-    headers = {str(name).lower(): value for name, value in found.items() if isinstance(value, str)}
+    headers = {name.lower(): value for name, value in found.items() if isinstance(value, str)}
     if "content-type" not in headers:
         part = found.get("body")
         if isinstance(part, Mapping) and isinstance(part.get("content-type"), str):
@@ -236,12 +305,12 @@ def _request_headers(context: Context, index: int) -> dict[str, str]:
     return headers
 
 
-def _request_id(index: int, context: Context) -> str:
+def _request_id(index: int, headers: Headers, context: Context) -> str:
     """The gateway's id where one stands in front, else TorchServe's: in both cases the one in the answer's X-Request-Id.
 
     TorchServe overwrites that header with its own id, so a client's own X-Request-Id counts only through the gateway.
     """
-    given = _request_headers(context, index).get(REQUEST_ID_HEADER, "")
+    given = headers.get(REQUEST_ID_HEADER, "")
     return given if _SAFE_REQUEST_ID.fullmatch(given) else (context.get_request_id(index) or "")
 
 

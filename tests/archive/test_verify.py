@@ -179,7 +179,7 @@ def test_a_trap_in_the_configuration(packed: Archive, tmp_path: Path) -> None:
 def test_an_import_error_is_shown_with_its_place(packed: Archive, tmp_path: Path) -> None:
     def change(root: Path) -> None:
         entry = root / "image_classifier.py"
-        entry.write_text(entry.read_text().replace("import heapq", "import no_such_package", 1))
+        entry.write_text(entry.read_text().replace("from torch import Tensor", "import no_such_package", 1))
 
     found = findings(repack(packed, tmp_path, change, honest=True))
     assert (

@@ -99,9 +99,9 @@ def test_a_batch_is_added_up(spec: ModelSpec, cache: Any, sent: Any) -> None:
     sent()
     stopwatch = telemetry.Stopwatch()
     stopwatch.seconds |= {"decode": 0.003, "inference": 0.02}
-    rows = [[0.05, 0.9, 0.05], [0.5, 0.3, 0.2]]
+    answers = [(1, 0.9), (0, 0.5)]
     outcomes = ["ok", "unsupported-media-type", "ok"]
-    reporter.record(stopwatch, arrivals=[stopwatch.began - 0.3, None, None], outcomes=outcomes, rows=rows)
+    reporter.record(stopwatch, arrivals=[stopwatch.began - 0.3, None, None], outcomes=outcomes, answers=answers)
     found: dict[Any, float] = {}
     deadline = time.monotonic() + 10
     while ("marina_batch_size_sum", ()) not in found:  # the last one that is sent
@@ -130,13 +130,13 @@ def test_a_server_with_other_metrics_serves_without_them(spec: ModelSpec, tmp_pa
     other = MetricsCacheYamlImpl(str(file))
     other.initialize_cache()
     reporter = telemetry.Reporter(spec, other)
-    reporter.record(telemetry.Stopwatch(), arrivals=[None], outcomes=["ok"], rows=[[1.0, 0.0, 0.0]])
+    reporter.record(telemetry.Stopwatch(), arrivals=[None], outcomes=["ok"], answers=[(0, 1.0)])
     assert sent() == {}
 
 
 def test_a_figure_that_breaks_does_not_hurt(spec: ModelSpec, cache: Any, caplog: pytest.LogCaptureFixture) -> None:
     reporter = telemetry.Reporter(spec, cache)
-    reporter.record(telemetry.Stopwatch(), arrivals=[None], outcomes=["ok"], rows=[[]])
+    reporter.record(telemetry.Stopwatch(), arrivals=[None], outcomes=["ok"], answers=[(99, 1.0)])
     assert "figures of a batch were lost" in caplog.text
 
 
@@ -146,9 +146,9 @@ def test_a_figure_that_breaks_does_not_hurt(spec: ModelSpec, cache: Any, caplog:
 )
 def test_arrival_header(text: str, seconds_ago: float | None) -> None:
     now = time.time()
-    found = telemetry.arrival({"X-Request-Start": text.format((now - 2) * 1e6)})
+    found = telemetry.arrival({"x-request-start": text.format((now - 2) * 1e6)})
     assert found == (None if seconds_ago is None else pytest.approx(now - seconds_ago, abs=1e-3))
-    assert telemetry.arrival({"X-Request-Start": f"t={(now - 7200) * 1e6:.0f}"}) is None
+    assert telemetry.arrival({"x-request-start": f"t={(now - 7200) * 1e6:.0f}"}) is None
     assert telemetry.arrival({}) is None
 
 

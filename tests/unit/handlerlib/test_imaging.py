@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
 
 from handlerlib import imaging
 from handlerlib.errors import PayloadTooLarge, UnprocessableInput, UnsupportedMedia
@@ -16,6 +21,7 @@ from support import images
 RGB = Preprocess(channels=3, height=16, width=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 GREY = Preprocess(channels=1, height=16, width=16, mean=(0.5,), std=(0.5,))
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
+LARGE = Limits(max_bytes=1_000_000, max_pixels=2_000_000)
 
 
 def test_lossless_formats_give_the_same_pixels() -> None:
@@ -79,6 +85,108 @@ def test_exif_orientation_is_applied() -> None:
     wide = dataclasses.replace(RGB, width=32)
     got = imaging.load(images.encode(turned, "PNG", exif=exif), wide, LIMITS)
     assert torch.equal(got, imaging.load(images.encode(upright), wide, LIMITS))
+
+
+def pillow(data: bytes, preprocess: Preprocess) -> torch.Tensor:
+    """The pixels as Pillow decodes them, whatever this module chooses."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB" if preprocess.channels == 3 else "L")
+    return torch.from_numpy(np.array(upright)).view(*reversed(upright.size), -1).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("preprocess", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("source", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"restart_marker_rows": 1}], ids=str
+)
+def test_every_kind_of_jpeg_has_the_pixels_that_pillow_gives(
+    preprocess: Preprocess, source: str, options: dict[str, Any]
+) -> None:
+    if options.get("keep_rgb") and source != "RGB":
+        pytest.skip("only for colour")
+    picture = Image.fromarray(images.pixels(7, 37, 51)).convert(source)
+    data = images.encode(picture, "JPEG", quality=90, comment=b"a comment", **options)
+    assert torch.equal(imaging.decode(data, preprocess, LIMITS), pillow(data, preprocess))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("size", [(40, 24), (1200, 900)], ids=["small", "reduced"])
+def test_a_turned_jpeg_is_as_its_upright_form(orientation: int, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = images.encode(images.pixels(2, *size), "JPEG", exif=exif)
+    upright = pillow(data, RGB)
+    assert torch.equal(imaging.decode(data, RGB, LARGE), upright)
+    tall = dataclasses.replace(RGB, height=24, resize="cover")
+    got = imaging.load(data, tall, LARGE).float()
+    assert (got - imaging.fit(upright, tall).float()).abs().mean() < 2
+
+
+def test_orientation_in_xmp_counts_as_for_pillow() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    data = images.encode(images.pixels(2, 40, 24), "JPEG", xmp=xmp)
+    assert imaging.decode(data, RGB, LIMITS).shape == (3, 24, 40)
+
+
+@pytest.mark.parametrize("resize", ["stretch", "cover"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_large_jpeg_is_decoded_reduced_and_stays_close(
+    resize: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    draft = JpegImageFile.draft
+
+    def spy(image: JpegImageFile, *arguments: Any) -> Any:
+        found = draft(image, *arguments)
+        sizes.append(image.size)
+        return found
+
+    monkeypatch.setattr(JpegImageFile, "draft", spy)
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((643, 479)).convert(mode)
+    data = images.encode(coarse, "JPEG", quality=90)
+    preprocess = dataclasses.replace(RGB, height=32, width=32, resize=resize, crop_fraction=0.875)
+    got = imaging.load(data, preprocess, LIMITS)
+    full = imaging.fit(imaging.decode(data, preprocess, LIMITS), preprocess)
+    assert sizes[0] in ((81, 60), (161, 120)), "at least twice what is wanted"
+    assert (got.float() - full.float()).abs().mean() < 2
+    small = images.encode(coarse.resize((120, 120)), "JPEG")  # below four times: in full
+    assert torch.equal(
+        imaging.load(small, preprocess, LIMITS), imaging.fit(imaging.decode(small, preprocess, LIMITS), preprocess)
+    )
+
+
+def test_without_torchvisions_operator_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = [images.photo(seed, "JPEG", 50, 70) for seed in range(5)]
+    fast = [imaging.load(data, RGB, LIMITS) for data in encoded]
+    monkeypatch.setattr(imaging, "_decode_jpeg", None)
+    for data, expected in zip(encoded, fast, strict=True):
+        assert torch.equal(imaging.load(data, RGB, LIMITS), expected)
+
+
+def test_resize_gives_torchvisions_pixels() -> None:
+    for policy in (
+        RGB,
+        dataclasses.replace(RGB, interpolation="bicubic"),
+        dataclasses.replace(RGB, interpolation="nearest"),
+        dataclasses.replace(RGB, antialias=False),
+        dataclasses.replace(RGB, resize="cover", crop_fraction=0.8),
+    ):
+        x_CHW = torch.from_numpy(images.pixels(4, 60, 45).copy()).permute(2, 0, 1)
+        size = [round(60 * 16 / 45 / policy.crop_fraction), round(16 / policy.crop_fraction)]
+        size = size if policy.resize == "cover" else [16, 16]
+        mode = InterpolationMode(policy.interpolation)
+        expected = v2.center_crop(v2.resize(x_CHW, size, interpolation=mode, antialias=policy.antialias), [16, 16])
+        assert torch.equal(imaging.fit(x_CHW, policy), expected)
+        assert torch.equal(imaging.fit(x_CHW.contiguous()[None], policy), expected[None])
+
+
+def test_stacked_pixels_lie_side_by_side() -> None:
+    loaded = [imaging.load(images.photo(seed, kind), RGB, LIMITS) for seed, kind in ((0, "JPEG"), (1, "PNG"))]
+    x_BCHW = imaging.stack(loaded)
+    assert x_BCHW.shape == (2, 3, 16, 16)
+    assert x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x_BCHW, torch.stack(loaded))
 
 
 def test_first_frame_of_an_animation() -> None:

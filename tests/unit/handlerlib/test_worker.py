@@ -3,15 +3,18 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 
 from handlerlib import imaging, loading
+from handlerlib.cores import Board
 from handlerlib.spec import ModelSpec
 from image_classifier import ImageClassifier
 from support import images
@@ -175,6 +178,95 @@ def test_an_answer_that_is_no_number_is_an_error_of_its_own(started: tuple[Image
     replace_network(handler, Nan())
     replies = ask(handler, ctx, [{"body": images.photo(seed)} for seed in range(3)])
     assert [reply.status for reply in replies] == [200, 500, 200]
+
+
+class _Watching:
+    """An engine that notes the rows and the threads that it is given, and each thread that decodes meanwhile."""
+
+    def __init__(self, inner: loading.Engine) -> None:
+        self.inner = inner
+        self.seen: list[tuple[int, int]] = []
+
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        self.seen.append((len(x_BCHW), threads))
+        return self.inner(x_BCHW, threads)
+
+
+def watched(handler: ImageClassifier, monkeypatch: pytest.MonkeyPatch) -> tuple[_Watching, set[str]]:
+    engine = _Watching(handler.model.engine)
+    handler.model = dataclasses.replace(handler.model, engine=engine)
+    decoders: set[str] = set()
+    decode = handler.decode
+
+    def noting(data: bytes | bytearray) -> Tensor:
+        decoders.add(threading.current_thread().name.partition("_")[0])
+        return decode(data)
+
+    monkeypatch.setattr(handler, "decode", noting)
+    return engine, decoders
+
+
+def test_a_lone_request_has_all_cores_and_a_worker_beside_a_busy_one_its_share(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("handlerlib.cores.usable", lambda: 4)
+    ctx = context(artifact, batch_size=32)
+    handler = ImageClassifier()
+    handler.initialize(ctx)
+    engine, decoders = watched(handler, monkeypatch)
+    (board,) = tmp_path.glob("marina-cores-*")
+    ask(handler, ctx, [{"body": images.photo(0)}])
+    assert engine.seen == [(1, 4)]
+    assert decoders == {threading.current_thread().name}  # one image: no other thread is woken
+    others = [Board(board) for _ in range(3)]
+    others[0].begin()
+    ask(handler, ctx, [{"body": images.photo(seed)} for seed in range(8)])
+    assert engine.seen[1:] == [(8, 2)]
+    for other in others:
+        other.begin()
+    decoders.clear()
+    ask(handler, ctx, [{"body": images.photo(seed)} for seed in range(8)])
+    assert engine.seen[2:] == [(8, 1)]
+    assert decoders == {threading.current_thread().name}
+    for other in others:
+        other.close()
+
+
+def test_a_large_network_gets_a_large_batch_in_parts(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handlerlib.worker.CHUNK_VALUES", 12 * 3 * 16 * 16)
+    ctx = context(artifact, batch_size=32)
+    handler = ImageClassifier()
+    handler.initialize(ctx)
+    rows = [{"body": images.photo(seed)} for seed in range(32)]
+    engine, _ = watched(handler, monkeypatch)
+    whole = [predictions(reply) for reply in ask(handler, ctx, rows)]
+    assert [count for count, _ in engine.seen] == [12, 12, 8]
+    alone = [predictions(ask(handler, ctx, [row])[0]) for row in rows]
+    assert [labels[0][0]["label"] for labels in whole] == [labels[0][0]["label"] for labels in alone]
+
+
+def test_a_batch_of_every_kind_of_image(started: tuple[ImageClassifier, Any]) -> None:
+    grey = images.encode(Image.fromarray(images.pixels(1)).convert("L"), "JPEG")
+    large = images.encode(images.pixels(2, 900, 1100), "JPEG")
+    cmyk = images.encode(Image.fromarray(images.pixels(3)).convert("CMYK"), "JPEG")
+    kinds = [grey, images.truncated("JPEG"), large, images.photo(4, "WEBP"), cmyk, b"no image", images.photo(5, "JPEG")]
+    bodies = kinds * 3
+    replies = ask(*started, [{"body": bytearray(body)} for body in bodies])
+    alone = [ask(*started, [{"body": body}])[0] for body in kinds]
+    assert [reply.status for reply in alone] == [200, 422, 200, 200, 200, 415, 200]
+    for reply, expected in zip(replies, alone * 3, strict=True):
+        assert reply.status == expected.status
+        if reply.status == 200:
+            for ours, theirs in zip(predictions(reply)[0], predictions(expected)[0], strict=True):
+                assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+
+
+def test_each_request_gets_as_many_labels_as_it_asks_for(started: tuple[ImageClassifier, Any]) -> None:
+    form = [{"data": images.photo(seed), "top_k": str(top_k).encode()} for seed, top_k in enumerate((1, 3, 2, 50))]
+    replies = ask(*started, [*form, {"data": b"x", "top_k": b"2"}])
+    assert [len(predictions(reply)[0]) for reply in replies[:4]] == [1, 3, 2, 3]
+    assert replies[4].status == 415
 
 
 def test_request_id_of_the_gateway_is_kept_when_it_is_harmless(started: tuple[ImageClassifier, Any]) -> None:

@@ -1,0 +1,203 @@
+"""What runs a network: eager float32 torch, which every artifact can fall back to, and the faster forms of `engine.json`.
+
+An engine takes uint8 pixels and gives probabilities, so that normalisation and softmax can be part of its graph. Other
+runtimes than torch are imported when an artifact brings a form for them, and only then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from handlerlib import cores, imaging
+from handlerlib.engine_spec import EngineFile, Kind, Precision, TorchOptions
+from handlerlib.errors import SpecError
+from handlerlib.spec import Preprocess
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Form(Protocol):
+    """The part of `engine.json` that says how to open it."""
+
+    @property
+    def engine(self) -> Kind: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def options(self) -> TorchOptions: ...
+    @property
+    def files(self) -> tuple[EngineFile, ...]: ...
+
+
+class Engine(Protocol):
+    """What runs the network on one kind of hardware. Normalisation belongs to it, so that it can be fused."""
+
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        """uint8 `[B, C, height, width]` as decoded -> softmax over classes, float32 `[B, classes]` on the CPU.
+
+        The pixels may lie in memory channel by channel or with each pixel's channels side by side. `threads` is the
+        number of CPU threads that it may use for this batch, at least 1. One call at a time.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PlainEngine:
+    """torch in eager mode, float32: the reference that every other engine is measured against."""
+
+    network: nn.Module
+    preprocess: Preprocess
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        use_threads(threads)
+        logits: Tensor = self.network(imaging.normalise(x_BCHW.to(self.device), self.preprocess))
+        return logits.float().softmax(dim=1).cpu()
+
+
+class TorchEngine:
+    """torch in eager mode with another memory layout, folded batch normalisation or a lower precision."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocess: Preprocess,
+        device: torch.device,
+        *,
+        precision: Precision,
+        options: TorchOptions,
+    ) -> None:
+        if precision not in _DTYPES:
+            raise SpecError(f"torch's eager mode has no precision {precision}", remedy="optimise the artifact again")
+        if options.fold:
+            network = folded(network)
+        network = network.eval().requires_grad_(False)
+        self._dtype = _DTYPES[precision]
+        self._autocast = options.autocast
+        self._format = torch.channels_last if options.channels_last else torch.contiguous_format
+        weights = torch.float32 if options.autocast else self._dtype
+        # torch's annotations know no call with all three.
+        self._network = network.to(device=device, dtype=weights).to(memory_format=self._format)
+        self._preprocess, self._device = preprocess, device
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        use_threads(threads)
+        x_BCHW = imaging.normalise(x_BCHW.to(self._device), self._preprocess).contiguous(memory_format=self._format)
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._autocast):
+            logits: Tensor = self._network(x_BCHW if self._autocast else x_BCHW.to(self._dtype))
+        return logits.float().softmax(dim=1).cpu()
+
+
+class OpenVinoEngine:
+    """OpenVINO's CPU plugin on an IR that takes `[B, height, width, C]` uint8 and gives probabilities.
+
+    One compiled form per number of threads, made when it is first asked for; they share the IR. The batch size is free:
+    measured here, a form with a fixed one is no faster.
+    """
+
+    def __init__(self, model: Path, weights: Path, *, precision: Precision) -> None:
+        openvino = import_openvino()
+        self._tensor: Callable[..., Any] = openvino.Tensor
+        self._core = openvino.Core()
+        self._model = self._core.read_model(model, weights)
+        self._hint = "bf16" if precision == "bf16" else "f32"
+        self._cores = cores.usable()
+        self._requests: dict[int, Any] = {}
+
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        request = self._request(thread_step(threads, self._cores))
+        request.infer([self._tensor(pixels_last(x_BCHW).numpy(), shared_memory=True)], share_outputs=True)
+        # The output's memory is the request's own and is overwritten by the next batch.
+        return torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+    def _request(self, threads: int) -> Any:
+        if threads not in self._requests:
+            settings = {
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                # Two workers that pin their threads would pin them to the same cores.
+                "ENABLE_CPU_PINNING": False,
+                "INFERENCE_PRECISION_HINT": self._hint,
+            }
+            self._requests[threads] = self._core.compile_model(self._model, "CPU", settings).create_infer_request()
+        return self._requests[threads]
+
+
+class AotiEngine:
+    """A package of torch's AOTInductor: compiled when it was built, loaded as it is."""
+
+    def __init__(self, package: Path, device: torch.device) -> None:
+        from torch._inductor import aoti_load_package
+
+        self._run: Callable[[Tensor], Tensor] = aoti_load_package(package)
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        use_threads(threads)
+        return self._run(pixels_last(x_BCHW.to(self._device))).cpu()
+
+
+def open_engine(
+    form: Form, folder: Path, preprocess: Preprocess, device: torch.device, network: Callable[[], nn.Module]
+) -> Engine:
+    """The engine of `engine.json` in `folder`; `network` builds the plain network for the kind that runs its weights.
+
+    Raises what the runtime raises when it cannot load its files.
+    """
+    paths = [folder / file.path for file in form.files]
+    if form.engine == "openvino":
+        (model,) = (path for path in paths if path.suffix == ".xml")
+        (weights,) = (path for path in paths if path.suffix != ".xml")
+        return OpenVinoEngine(model, weights, precision=form.precision)
+    if form.engine == "aoti":
+        (package,) = paths
+        return AotiEngine(package, device)
+    return TorchEngine(network(), preprocess, device, precision=form.precision, options=form.options)
+
+
+def use_threads(threads: int) -> None:
+    """torch's own number of threads, set only when it changes: setting it costs microseconds."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def thread_step(threads: int, cores: int) -> int:
+    """`threads`, or the next smaller power of two unless it is all cores: bounds the compiled forms on large machines."""
+    wanted = max(1, min(threads, cores))
+    return wanted if wanted == cores else 1 << (wanted.bit_length() - 1)
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy in eval mode with batch normalisations folded into the convolutions before them (torch.fx traces it)."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(network.eval())
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its usage reports: importing it would otherwise send one, from a server's worker."""
+    # None makes the import of the reporting package fail, upon which OpenVINO (and NNCF) put an empty one in its place.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return importlib.import_module("openvino")
+
+
+def pixels_last(x_BCHW: Tensor) -> Tensor:
+    """`[B, C, H, W]` -> `[B, H, W, C]` with that memory layout; no copy when the channels already lie side by side."""
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    if x_BHWC.is_contiguous():
+        return x_BHWC
+    # Channel by channel: a quarter of the time that one permuting copy of bytes takes.
+    out_BHWC = torch.empty(x_BHWC.shape, dtype=x_BHWC.dtype, device=x_BHWC.device)
+    for channel in range(x_BCHW.shape[1]):
+        out_BHWC[..., channel] = x_BCHW[:, channel]
+    return out_BHWC

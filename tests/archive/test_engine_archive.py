@@ -1,0 +1,142 @@
+"""Archives that bring an engine: packed with the plain weights, proved with both, refused when either was changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from handlerlib.engine_spec import EngineSpec
+from handlerlib.spec import WEIGHTS_FILE
+from marina import archive, golden, verify
+from marina.archive import Archive
+from marina.errors import ArchiveError
+from support.engines import forged, write_optimised
+
+
+@pytest.fixture(scope="module")
+def optimised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_optimised(tmp_path_factory.mktemp("optimised"))
+
+
+@pytest.fixture(scope="module")
+def mar(optimised: Path, handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    return archive.pack(optimised, handlers=handlers, destination=tmp_path_factory.mktemp("store"))
+
+
+def repacked(mar: Archive, target: Path, change: Callable[[Path], object], *, honest: bool = True) -> Path:
+    """The archive with a change, and a build record that says so where it is honest."""
+    root = target / "root"
+    with zipfile.ZipFile(mar.path) as opened:
+        opened.extractall(root)
+    change(root)
+    if honest:
+        record = json.loads((root / "build.json").read_text())
+        record["files"] = {
+            name: {"bytes": (root / name).stat().st_size, "sha256": archive.sha256_of(root / name)}
+            for name in archive.file_names(root)
+            if name != "build.json"
+        }
+        (root / "build.json").write_bytes(archive.encode_build_record(record))
+    archive.write_canonical(root, target / "changed.mar")
+    return target / "changed.mar"
+
+
+def findings(report: verify.Report) -> dict[str, str]:
+    return {
+        outcome.check: " | ".join(f"{one.where}: {one.message}" for one in outcome.findings)
+        for outcome in report.outcomes
+        if outcome.findings
+    }
+
+
+def test_it_holds_both_and_is_packed_the_same_twice(
+    optimised: Path, mar: Archive, handlers: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(mar.path) as opened:
+        names = set(opened.namelist())
+        recorded = json.loads(opened.read("build.json"))["files"]
+    assert {"engine.json", "engine/model.xml", "engine/model.weights", WEIGHTS_FILE} <= names
+    assert {"engine.json", "engine/model.xml", "engine/model.weights"} <= set(recorded)
+    again = archive.pack(optimised, handlers=handlers, destination=tmp_path)
+    assert again.sha256 == mar.sha256
+
+
+def test_engine_and_plain_weights_are_both_proved(mar: Archive) -> None:
+    report = verify.verify(mar.path)
+    assert report.passed, report.findings
+    (engine,) = (outcome for outcome in report.outcomes if outcome.check == "engine")
+    assert engine.notes == ()
+    found = verify.inspect(mar.path)
+    assert found["engine"]["rung"] == "openvino-int8"
+    # The proof over HTTP allows what the engine needs, and no more.
+    assert golden.tolerance(mar.path) == found["engine"]["tolerance"] > 1e-4
+
+
+def test_an_engine_for_another_machine_is_noted_and_not_refused(mar: Archive, tmp_path: Path) -> None:
+    report = verify.verify(repacked(mar, tmp_path, lambda root: forged(root, "built_for.cpu_features", ["avx1024"])))
+    assert report.passed, report.findings
+    (engine,) = (outcome for outcome in report.outcomes if outcome.check == "engine")
+    assert engine.notes == (
+        "engine openvino-int8 not tried on this machine, plain weights answer: this processor lacks avx1024",
+    )
+
+
+def flip(root: Path) -> None:
+    path = root / "engine" / "model.weights"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_changed_engine_is_refused(mar: Archive, tmp_path: Path) -> None:
+    for folder in ("plain", "honest"):
+        (tmp_path / folder).mkdir()
+    found = findings(verify.verify(repacked(mar, tmp_path / "plain", flip, honest=False)))
+    assert "engine/model.weights: the file was changed after packing" in found["digests"]
+    found = findings(verify.verify(repacked(mar, tmp_path / "honest", flip)))
+    assert set(found) == {"engine"}
+    assert "engine/model.weights is not the file that was built" in found["engine"]
+
+
+def test_an_engine_that_does_not_keep_its_promise(mar: Archive, tmp_path: Path) -> None:
+    def check(name: str, change: Callable[[Path], object]) -> str:
+        (tmp_path / name).mkdir()
+        found = findings(verify.verify(repacked(mar, tmp_path / name, change)))
+        assert set(found) == {"engine"}
+        return found["engine"]
+
+    found = check("tolerance", lambda root: forged(root, "tolerance", 1e-9))
+    assert "the engine openvino-int8 cannot serve where it fits: golden sample golden/" in found
+    found = check("stray", lambda root: (root / "engine" / "extra.so").write_bytes(b""))
+    assert "engine/extra.so: engine.json does not name this file" in found
+    assert "rung must be lower case" in check("spec", lambda root: forged(root, "rung", "Nonsense Rung"))
+
+
+def test_a_damaged_engine_is_not_packed(optimised: Path, handlers: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(optimised, tmp_path / "broken")
+    flip(broken)
+    with pytest.raises(ArchiveError, match=r"engine/model.weights is not the file that was built"):
+        archive.pack(broken, handlers=handlers, destination=tmp_path)
+    forged(broken, "precision", "int4")
+    with pytest.raises(ArchiveError, match="precision must be one of"):
+        archive.pack(broken, handlers=handlers, destination=tmp_path)
+
+
+def test_the_parent_is_on_record(optimised: Path) -> None:
+    origin = json.loads((optimised / "provenance.json").read_text())
+    assert origin["run"] == "tiny-test"
+    assert origin["parent"]["version"] == "1.0"
+    assert origin["parent"]["weights_sha256"] == archive.sha256_of(optimised / WEIGHTS_FILE)
+    metrics = json.loads((optimised / "metrics.json").read_text())
+    engine = EngineSpec.load(optimised)
+    assert engine is not None
+    assert engine.accuracy is not None
+    assert metrics["engine_accuracy"] == engine.accuracy.engine
+    card = (optimised / "MODEL_CARD.md").read_text()
+    assert card.startswith("# tiny 1.1\n")
+    assert "engine `openvino-int8` (int8)" in card

@@ -1,0 +1,206 @@
+"""Which engine answers, and that the plain weights answer, loudly, wherever the packed one cannot."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+from handlerlib import engines, imaging, loading, telemetry
+from handlerlib.engine_spec import TorchOptions, sha256_of
+from handlerlib.errors import SpecError
+from handlerlib.loading import LoadedModel
+from handlerlib.spec import ModelSpec
+from marina.java import METRICS_CONFIG
+from support.artifacts import write_artifact
+from support.engines import CPU, forged, photos, write_optimised, write_torch_engine
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_optimised(tmp_path_factory.mktemp("int8"))
+
+
+@pytest.fixture
+def artifact(int8: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(int8, tmp_path / "artifact")
+
+
+def started(folder: Path) -> tuple[LoadedModel, float]:
+    """As a worker starts."""
+    model = loading.load(folder, CPU)
+
+    def answer(data: bytes) -> torch.Tensor:
+        return model.probabilities(imaging.batch([data], model.spec.preprocess, model.spec.limits))[0]
+
+    return model, loading.self_test(model, answer, folder)
+
+
+def test_the_packed_engine_answers_within_its_tolerance(int8: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        model, worst = started(int8)
+    assert model.serving == loading.Serving("openvino-int8", model.serving.tolerance, "openvino-int8")
+    assert isinstance(model.engine, engines.OpenVinoEngine)
+    # int8 is not float32: if it were, nothing would have been quantised.
+    assert 1e-6 < worst <= (model.serving.tolerance or 0)
+    assert [record.getMessage() for record in caplog.records] == ["tiny 1.1 is served by its engine openvino-int8"]
+    assert loading.warm_up(model, [1, 4], threads=(1, 2)) == (1, 4)
+
+
+def test_layout_threads_and_batch_change_nothing(int8: Path) -> None:
+    model = loading.load(int8, CPU)
+    x_BCHW = photos(5)
+    laid_out = x_BCHW.contiguous(memory_format=torch.channels_last)
+    expected = model.probabilities(x_BCHW, 1)
+    assert expected.shape == (5, 3)
+    assert expected.dtype == torch.float32
+    assert torch.equal(model.probabilities(laid_out, 1), expected)
+    assert torch.allclose(model.probabilities(x_BCHW, 2), expected, atol=1e-3)
+    alone = torch.cat([model.probabilities(x_BCHW[row : row + 1], 1) for row in range(5)])
+    assert torch.allclose(alone, expected, atol=1e-3)
+    # The answer is the caller's own: the next batch does not write into it.
+    kept = expected.clone()
+    model.probabilities(photos(5).flip(0), 1)
+    assert torch.equal(expected, kept)
+
+
+def damage(folder: Path) -> None:
+    path = folder / "engine" / "model.weights"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def unfit(folder: Path) -> None:
+    """Files that are those that were built, and that OpenVINO cannot read."""
+    (folder / "engine" / "model.xml").write_text("<net/>")
+    for number, name in enumerate(("model.xml", "model.weights")):
+        forged(folder, f"files.{number}.sha256", sha256_of(folder / "engine" / name))
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("device", lambda folder: forged(folder, "built_for.device", "cuda")),
+        ("machine", lambda folder: forged(folder, "built_for.machine", "riscv64")),
+        ("cpu-feature", lambda folder: forged(folder, "built_for.cpu_features", ["avx1024"])),
+        ("package-missing", lambda folder: forged(folder, "built_for.packages.0.name", "no-such-engine")),
+        ("package-version", lambda folder: forged(folder, "built_for.packages.0.at_least", "2026.99")),
+        ("files", damage),
+        ("files", lambda folder: (folder / "engine" / "model.xml").unlink()),
+        ("load", unfit),
+        ("self-test", lambda folder: forged(folder, "tolerance", 1e-9)),
+        ("spec", lambda folder: forged(folder, "tolerance", 7)),
+    ],
+)
+def test_plain_weights_answer_where_the_engine_cannot(
+    artifact: Path, caplog: pytest.LogCaptureFixture, reason: str, change: Callable[[Path], Any]
+) -> None:
+    change(artifact)
+    with caplog.at_level(logging.INFO):
+        model, worst = started(artifact)
+    assert (model.serving.engine, model.serving.fallback) == ("plain", reason)
+    assert isinstance(model.engine, loading.PlainEngine)
+    assert worst < 1e-6
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "tiny 1.1: the plain weights answer instead of the engine" in record.getMessage()
+    assert record.getMessage().endswith(f"({reason})")
+
+
+def test_the_switch(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARINA_ENGINE", "plain")
+    model, _ = started(artifact)
+    assert (model.serving.engine, model.serving.fallback) == ("plain", "switched-off")
+    monkeypatch.setenv("MARINA_ENGINE", "plian")
+    with pytest.raises(loading.BadSwitch, match="MARINA_ENGINE is 'plian'"):
+        loading.load(artifact, CPU)
+
+
+def test_damaged_plain_weights_stop_the_worker_only_when_they_are_needed(artifact: Path) -> None:
+    (artifact / "weights.safetensors").write_bytes(b"")
+    assert started(artifact)[0].serving.engine == "openvino-int8"
+    damage(artifact)
+    with pytest.raises(SpecError, match=r"weights.safetensors cannot be read"):
+        loading.load(artifact, CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "allowed"),
+    [
+        ({"channels_last": True, "fold": True}, "fp32", 1e-4),
+        ({"channels_last": True, "fold": True}, "bf16", 0.05),
+        ({"channels_last": True, "fold": True, "autocast": True}, "bf16", 0.05),
+    ],
+)
+def test_torch_engines(tmp_path: Path, options: dict[str, bool], precision: Any, allowed: float) -> None:
+    artifact = write_artifact(tmp_path)
+    reference = loading.load(artifact, CPU).probabilities(photos(6), 1)
+    spec = ModelSpec.load(artifact)
+    engine = engines.TorchEngine(
+        loading.read_network(artifact, spec),
+        spec.preprocess,
+        CPU,
+        precision=precision,
+        options=TorchOptions(**options),
+    )
+    for threads in (1, 2):
+        assert torch.allclose(engine(photos(6), threads), reference, atol=allowed)
+        assert torch.get_num_threads() == threads
+
+
+def test_an_engine_of_torch_needs_no_files(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    write_torch_engine(artifact)
+    model, worst = started(artifact)
+    assert model.serving.engine == "torch-folded"
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "step"), [(1, 2, 1), (2, 2, 2), (5, 2, 2), (0, 2, 1), (6, 16, 4), (12, 12, 12), (11, 12, 8)]
+)
+def test_thread_steps(threads: int, cores: int, step: int) -> None:
+    assert engines.thread_step(threads, cores) == step
+
+
+def test_openvino_is_imported_without_its_usage_reports() -> None:
+    engines.import_openvino()
+    assert sys.modules["openvino_telemetry"] is None
+    assert not any(name.startswith("openvino_telemetry.") for name in sys.modules)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TorchServe leaves metrics.yaml open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_metrics_name_the_engine_and_the_reason(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = MetricsCacheYamlImpl(str(METRICS_CONFIG))
+    cache.initialize_cache()
+
+    def sent() -> list[str]:
+        caplog.clear()
+        model = loading.load(artifact, CPU)
+        with caplog.at_level(logging.INFO):
+            telemetry.Reporter(model.spec, cache, model.serving)
+        found = (
+            re.match(r"\[METRICS\](marina_engine\w*)\.\w+:(\d)\|#(.*)\|#type:GAUGE", one) for one in caplog.messages
+        )
+        return [f"{match[1]} {match[3]} {match[2]}" for match in found if match]
+
+    assert sent() == [
+        "marina_engine model:tiny,version:1.1,engine:openvino-int8 1",
+        "marina_engine model:tiny,version:1.1,engine:plain 0",
+    ]
+    forged(artifact, "built_for.machine", "riscv64")
+    assert sent() == [
+        "marina_engine model:tiny,version:1.1,engine:plain 1",
+        "marina_engine model:tiny,version:1.1,engine:openvino-int8 0",
+        "marina_engine_fallback model:tiny,version:1.1,reason:machine 1",
+    ]
