@@ -51,11 +51,13 @@ def command(
     model_store: Path,
     temp: Path,
     vm_options: Sequence[str] = (),
+    in_front: Sequence[Path] = (),
     python: str = sys.executable,
 ) -> list[str]:
     """The command line of TorchServe's front end: java itself, without a shell and without the `torchserve` wrapper.
 
-    `config` is the rendered config.properties; `python` runs the workers; later `vm_options` win over ours.
+    `config` is the rendered config.properties; `python` runs the workers; later `vm_options` win over ours; the classes of
+    the jars `in_front` take the place of TorchServe's.
     """
     home = torchserve_home()
     options = [
@@ -68,7 +70,7 @@ def command(
     if java.major >= 23:
         options.append("--sun-misc-unsafe-memory-access=allow")  # netty 4.1.53 uses Unsafe; newer javas warn about it
     arguments = ["--python", python, "-f", str(config), "-s", str(model_store), "-ncs"]
-    classpath = str(home / "ts" / "frontend" / "*")
+    classpath = os.pathsep.join((*map(str, in_front), str(home / "ts" / "frontend" / "*")))
     return [str(java.executable), *options, *vm_options, "-cp", classpath, "org.pytorch.serve.ModelServer", *arguments]
 
 

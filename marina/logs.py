@@ -29,8 +29,26 @@ _HARMLESS = (
     "Model server started.",
     "Torchserve stopped.",
 )
+_ACCESS = b'","level":"INFO","logger":"access"} '
+_ACCESS_AT = slice(20, 80)
+"""Where that lies in a line of marina/torchserve/log4j2.xml, behind the time."""
+_REQUEST = re.compile(
+    # The path without what JSON would escape: such a line is rare, and written by json.dumps.
+    rb'^(\{"time":"[^"]*","level":"INFO","logger":"access")\} '
+    rb'/?([0-9A-Za-z.:\[\]%-]*) "([A-Z]+) ([!#-\[\]-~]+) ([A-Za-z]+/[0-9.]+)" (\d+) (\d+)$',
+    re.MULTILINE,
+)
+_RECORD = rb'\1,"client":"\2","method":"\3","path":"\4","protocol":"\5","status":\6,"ms":\7}'
+_ODD_REQUEST = re.compile(
+    r'^\{"time":"(?P<time>[^"]*)".*?\} /?(?P<client>\S*) "(?P<method>\S*) (?P<path>.*) (?P<protocol>\S*)" '
+    r"(?P<status>\d+) (?P<ms>\d+)$"
+)
+_IDS = re.compile(rb'"path":"([^"?]*)\?request_id=([A-Za-z0-9._-]+)&trace_id=([0-9a-f]+)"')
+_WITH_IDS = rb'"path":"\1","request_id":"\2","trace_id":"\3"'
+_LOOKS = re.compile(rb'"method":"GET","path":"/(?:models|metrics|ping)\b[^"]*","protocol":"[^"]*","status":200,')
+"""Looking at the state, which the supervisor does every second, is not worth a line."""
 _FINISHED = re.compile(
-    rb'"path":"/(?:predictions|explanations|models/[^"/]*/invoke|invocations)\b[^"]*".*"status":(\d+)'
+    rb' "[A-Z]+ /(?:predictions|explanations|models/[^ "/]*/invoke|invocations)\b.*" (?!404 )\d+ \d+$', re.MULTILINE
 )
 _WORKER = re.compile(r"W-\d+-(?P<label>.+)-std(?:out|err)$|W-\d+-(?P<own>.+)$")
 _ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(: .*)?$")
@@ -67,7 +85,9 @@ class ServerLog:
     """The reading end of java's output. One thread feeds it lines; any thread may ask."""
 
     def __init__(self, write: Callable[[str], None], *, level: Level, requests: bool) -> None:
-        """`write` gets each line that is worth passing on, of at least `level`; `requests`: also one per request."""
+        """`write` gets each line that is worth passing on, of at least `level`, and several at once, with newlines between
+        them, when they come at once; `requests`: also one per request.
+        """
         self._write = write
         self._least = _LEAST[level]
         self._requests = requests
@@ -76,11 +96,21 @@ class ServerLog:
         self._workers: dict[str, _LastWords] = {}
         self._finished = 0
 
-    def feed(self, line: bytes) -> None:
-        """One line as java printed it."""
-        if b'"logger":"access"' in line[:100]:
-            self._request(line)
-            return
+    def feed(self, lines: bytes) -> None:
+        """One or more whole lines as java printed them."""
+        requests: list[bytes] = []
+        for line in lines.rstrip(b"\r\n").split(b"\n"):
+            if _ACCESS in line[_ACCESS_AT]:
+                requests.append(line)
+                continue
+            if requests:
+                self._answered(requests)
+                requests = []
+            self._event(line)
+        if requests:
+            self._answered(requests)
+
+    def _event(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip()
         record = _parse(text)
         if record is None:
@@ -127,12 +157,21 @@ class ServerLog:
         """Predictions answered so far, those for unknown models left out: TorchServe does not count them as accepted."""
         return self._finished
 
-    def _request(self, line: bytes) -> None:
-        found = _FINISHED.search(line)
-        if found is not None and found.group(1) != b"404":
-            self._finished += 1
-        if self._requests:
-            self._write(line.decode("utf-8", "replace").rstrip())
+    def _answered(self, lines: list[bytes]) -> None:
+        """Lines of the access log, one after the other: thousands a second, hence all of them at once."""
+        text = b"\n".join(lines)
+        self._finished += len(_FINISHED.findall(text))
+        if not self._requests:
+            return
+        records, plain = _REQUEST.subn(_RECORD, text)
+        if plain != len(lines):
+            records = b"\n".join(_record(line) for line in lines)
+        if b'"method":"GET"' in records:
+            records = b"\n".join(record for record in records.split(b"\n") if not _LOOKS.search(record))
+        if b"?request_id=" in records:
+            records = _IDS.sub(_WITH_IDS, records)
+        if records:
+            self._write(records.decode("utf-8", "replace"))
 
     def _bare(self, text: str) -> None:
         """java itself speaks: before its log is set up, or when it breaks."""
@@ -163,6 +202,20 @@ class ServerLog:
             words.said = _announced(message)
         else:
             _follow(words, message, stderr=level == "WARN")
+
+
+def _record(line: bytes) -> bytes:
+    """One line of the access log as a record, whatever its path holds."""
+    record, plain = _REQUEST.subn(_RECORD, line)
+    if plain:
+        return record
+    found = _ODD_REQUEST.match(line.decode("utf-8", "replace").rstrip("\r"))
+    if found is None:  # whatever it is, a line of the log stays one JSON object
+        return json.dumps({"level": "INFO", "logger": "access", "message": line.decode("utf-8", "replace")}).encode()
+    fields = found.groupdict()
+    head = {"time": fields.pop("time"), "level": "INFO", "logger": "access"}
+    whole = {"status": int(fields.pop("status")), "ms": int(fields.pop("ms"))}
+    return json.dumps({**head, **fields, **whole}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _follow(words: _LastWords, message: str, *, stderr: bool) -> None:

@@ -47,10 +47,11 @@ def line(message: str, *, level: str = "INFO", logger: str = "MODEL_LOG", thread
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def request(path: str, status: int) -> bytes:
+def request(path: str, status: int = 200, *, method: str = "POST", client: str = "/127.0.0.1:1") -> bytes:
+    """As java prints it: see marina/torchserve/log4j2.xml."""
     return (
-        '{"time":"2026-01-01T00:00:00.000Z","level":"INFO","logger":"access","client":"127.0.0.1:1","method":"POST",'
-        f'"path":"{path}","protocol":"HTTP/1.1","status":{status},"ms":3}}\n'
+        '{"time":"2026-01-01T00:00:00.000Z","level":"INFO","logger":"access"} '
+        f'{client} "{method} {path} HTTP/1.1" {status} 3\n'
     ).encode()
 
 
@@ -155,3 +156,68 @@ def test_requests_can_be_left_out_of_the_log_and_still_count(written: list[str])
     log = ServerLog(written.append, level="debug", requests=False)
     log.feed(request("/predictions/m", 200))
     assert written == [] and log.finished == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/predictions/m",
+        "/predictions/m/1.0?top_k=3",
+        '/predictions/"status":404,',
+        "/a b c",
+        "/\\x",
+        "/é",
+        "/\t",
+        "/a\rb",
+    ],
+)
+def test_a_request_is_one_record_whatever_its_path(log: ServerLog, written: list[str], path: str) -> None:
+    log.feed(request(path, 418))
+    (text,) = written
+    assert json.loads(text) == {
+        "time": "2026-01-01T00:00:00.000Z",
+        "level": "INFO",
+        "logger": "access",
+        "client": "127.0.0.1:1",
+        "method": "POST",
+        "path": path,
+        "protocol": "HTTP/1.1",
+        "status": 418,
+        "ms": 3,
+    }
+
+
+def test_the_gateways_ids_become_fields(log: ServerLog, written: list[str]) -> None:
+    log.feed(request("/predictions/m?request_id=a-1&trace_id=0af7", client="/[0:0:0:0:0:0:0:1%0]:5"))
+    record = json.loads(written[0])
+    assert (record["path"], record["request_id"], record["trace_id"]) == ("/predictions/m", "a-1", "0af7")
+    assert record["client"] == "[0:0:0:0:0:0:0:1%0]:5"
+
+
+def test_many_lines_at_once_keep_their_order(log: ServerLog, written: list[str]) -> None:
+    odd = request('/predictions/"')
+    log.feed(request("/predictions/a") * 2 + odd + line("between", level="WARN") + request("/predictions/nobody", 404))
+    lines = [json.loads(text) for text in "\n".join(written).splitlines()]
+    assert [item.get("path", item.get("message")) for item in lines] == [
+        "/predictions/a",
+        "/predictions/a",
+        '/predictions/"',
+        "between",
+        "/predictions/nobody",
+    ]
+    assert log.finished == 3
+
+
+def test_looks_at_the_state_are_not_worth_a_line(log: ServerLog, written: list[str]) -> None:
+    paths = ("/models/m/1.0", "/metrics?name[]=x", "/ping")
+    log.feed(b"".join(request(path, method="GET") for path in paths))
+    assert written == []
+    log.feed(
+        request("/ping", 500, method="GET") + request("/models/m", method="DELETE") + request("/pinger", method="GET")
+    )
+    assert [json.loads(text)["path"] for text in "\n".join(written).splitlines()] == ["/ping", "/models/m", "/pinger"]
+
+
+def test_an_access_line_of_another_form_stays_a_record(log: ServerLog, written: list[str]) -> None:
+    log.feed(b'{"time":"2026-01-01T00:00:00.000Z","level":"INFO","logger":"access"} gRPC says "hello"\n')
+    assert json.loads(written[0])["message"].endswith('gRPC says "hello"')
