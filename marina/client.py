@@ -245,10 +245,12 @@ class ManagementClient:
         max_batch_delay_ms: int,
         response_timeout: int = 60,
         startup_timeout: int = 300,
+        name: str | None = None,
     ) -> None:
         """Load the file `archive` of the model store and start its workers; returns when they are ready.
 
-        Its model-config.yaml, where there is one, wins over these values.
+        Its model-config.yaml, where there is one, wins over the workers and timeouts given here. `name` serves it under
+        another name than its own.
         """
         parameters = {
             "url": archive,
@@ -258,7 +260,7 @@ class ManagementClient:
             "max_batch_delay": str(max_batch_delay_ms),  # always said: left out of a JSON body it becomes -10000
             "response_timeout": str(response_timeout),
             "startup_timeout": str(startup_timeout),
-        }
+        } | ({"model_name": name} if name is not None else {})
         self._http.request("POST", "/models", pure=False, params=parameters, read_timeout=startup_timeout + 30.0)
 
     def unregister(self, name: str, version: str) -> None:

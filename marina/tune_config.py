@@ -1,0 +1,106 @@
+"""What a tuned model takes with it: its own `model-config.yaml`, in the artifact that it is packed from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from handlerlib.errors import SpecError
+from handlerlib.spec import SPEC_FILE, ModelSpec
+from marina import model_config
+from marina.archive import CARD_FILE, PROVENANCE_FILE, VERSION_PATTERN
+from marina.errors import ArchiveError
+from marina.store import version_key
+from marina.tune_search import Setting
+
+
+def tuned_text(text: str, setting: Setting, why: str) -> str:
+    """The `model-config.yaml` in `text` with the setting's values; comments and all else stay as they are.
+
+    Raises ArchiveError when the result would not be one that `marina verify` passes.
+    """
+    before = model_config.read(text)
+    values = {
+        "minWorkers": setting.workers,
+        "maxWorkers": max(setting.workers, int(before["maxWorkers"])),
+        "batchSize": setting.batch_size,
+        "maxBatchDelay": setting.delay_ms,
+    }
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^({key}[ \t]*:[ \t]*)\d+", rf"\g<1>{value}", text)
+        if count != 1:
+            raise ArchiveError(
+                f"{model_config.CONFIG_FILE}: {key} is not on a line of its own",
+                remedy="write it as the file in handlers/ has it",
+            )
+    lines = [line for line in text.splitlines() if not line.startswith(_MARK)]
+    written = "\n".join([f"{_MARK} {why}", *lines]) + "\n"
+    if {key: model_config.read(written)[key] for key in values} != values:
+        raise ArchiveError(f"{model_config.CONFIG_FILE} did not take the values {values}", remedy="edit it by hand")
+    return written
+
+
+_MARK = "# Tuned:"
+
+
+def write_override(artifact: Path, text: str) -> Path:
+    """Put it into the artifact, from which `marina pack` takes it from then on; returns the file."""
+    target = artifact / model_config.CONFIG_FILE
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def as_new_version(artifact: Path, text: str, record: Mapping[str, Any], *, taken: set[str]) -> Path:
+    """A copy of the artifact under the next version that is not `taken`, with the configuration and a record of where it
+    came from: served archives never change under one version. Returns its folder.
+    """
+    try:
+        spec = ModelSpec.load(artifact)
+    except SpecError as error:
+        raise ArchiveError(f"artifact {artifact}: {error}", remedy="export the run again") from error
+    version = next_version(spec.version, taken)
+    target = artifact.parent / version
+    partial = artifact.parent / f".{version}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(artifact, partial)
+    (partial / SPEC_FILE).write_text(dataclasses.replace(spec, version=version).to_json(), encoding="utf-8")
+    write_override(partial, text)
+    provenance = json.loads((partial / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    provenance["tuned"] = {"from": f"{spec.name}:{spec.version}", **record}
+    (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = (partial / CARD_FILE).read_text(encoding="utf-8")
+    card = card.replace(f"# {spec.name} {spec.version}", f"# {spec.name} {version}", 1)
+    (partial / CARD_FILE).write_text(card, encoding="utf-8")
+    partial.rename(target)
+    return target
+
+
+def next_version(version: str, taken: set[str]) -> str:
+    """The highest version known, its last number one higher: 1.2 and 1.9 -> 1.10."""
+    known = {item for item in (version, *taken) if VERSION_PATTERN.fullmatch(item)}
+    parts = list(version_key(max(known, key=version_key)))
+    parts[-1] += 1
+    return ".".join(map(str, parts))
+
+
+def config_of(path: Path) -> str:
+    """The text of an archive's `model-config.yaml`. Raises ArchiveError."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            return packed.read(model_config.CONFIG_FILE).decode()
+    except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"{path} is not a readable archive: {error}", remedy="pack it again") from error
+
+
+def versions_known(name: str, artifacts: Path, store: Path) -> set[str]:
+    """Of artifacts and archives."""
+    found = {path.name for path in (artifacts / name).glob("*") if path.is_dir()}
+    return found | {path.stem.removeprefix(f"{name}-") for path in store.glob(f"{name}-*.mar")}
