@@ -48,6 +48,10 @@ test: setup ## run all tests; a tier whose tools are missing is skipped with the
 test-fast: setup ## run the tests that need no server
 	$(PYTEST) tests/unit tests/property tests/archive
 
+.PHONY: bench
+bench: setup ## compare with other servers on this machine (45 minutes, nothing else running); DATA=CIFAR10_JPEGS
+	$(BIN)/python -m benchmarks --device $(if $(filter auto,$(DEVICE)),cpu,$(DEVICE)) $(if $(DATA),--data-root $(DATA))
+
 .PHONY: check
 check: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
