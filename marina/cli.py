@@ -11,7 +11,18 @@ import sys
 import typer
 
 from handlerlib.errors import MarinaError
-from marina import archive_cli, compose_cli, rollout_cli, serving_cli, training_cli
+from marina import (
+    archive_cli,
+    bench_cli,
+    compose_cli,
+    compress_cli,
+    doctor_cli,
+    optimize_cli,
+    rollout_cli,
+    serving_cli,
+    training_cli,
+    tune_cli,
+)
 from marina.screen import Screen
 
 app = typer.Typer(
@@ -27,7 +38,18 @@ app = typer.Typer(
 )
 
 
-for commands in (training_cli, archive_cli, serving_cli, rollout_cli, compose_cli):
+for commands in (
+    training_cli,
+    archive_cli,
+    serving_cli,
+    rollout_cli,
+    compose_cli,
+    bench_cli,
+    tune_cli,
+    doctor_cli,
+    compress_cli,
+    optimize_cli,
+):
     commands.register(app)
 
 

@@ -298,7 +298,7 @@ def check_store(folder: Path) -> list[Archive]:
             subject = verify.Subject(item.path, Path(scratch), sys.executable)
             for check in verify.CHECKS:
                 finding = next(check.run(subject), None) if check.guard else None
-                if finding is not None:
+                if isinstance(finding, verify.Finding):  # a sentence is a note, no reason to refuse
                     raise ArchiveError(
                         f"{item.path} is refused: {finding.where}: {finding.message}", remedy=finding.remedy
                     )

@@ -38,6 +38,7 @@ KEY_FILE = "inference.key"
 GATEWAY_FOLDER = "gateway"
 """Below the secrets folder: what the proxy may read, and all that is mounted into its container."""
 CLIENTS_FILE = "clients"
+SPLITS_FILE = "splits"
 CERTIFICATE_FILE = "tls.pem"
 MAX_REPLICAS = 8
 """Slots that haproxy.cfg has."""
@@ -85,6 +86,8 @@ class GatewayConfig(_Frozen):
     inner: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "marina-gateway"
     """Name of the abstract socket between the gateway's two steps; unique per network namespace."""
     clients: Path = Path("/run/secrets/gateway/clients")
+    splits: Path | None = None
+    """Which canaries run (`marina.canary`); `splits` beside the clients file when not given."""
     max_body_bytes: Bytes = 10 * 1024 * 1024
     buffer_bytes: Annotated[int, Field(ge=65536, le=64 << 20)] = 1024 * 1024
     """The largest request, header fields included, that another replica may be asked again for (README: memory)."""
@@ -139,6 +142,7 @@ class GatewayConfig(_Frozen):
             "GATEWAY_METRICS_BIND": self.metrics_bind,
             "GATEWAY_INNER": self.inner,
             "GATEWAY_CLIENTS": str(self.clients),
+            "GATEWAY_SPLITS": str(self.splits or self.clients.parent / SPLITS_FILE),
             "GATEWAY_HEALTH_PORT": str(self.health_port),
             "GATEWAY_RESOLVER": self.resolver,
             "GATEWAY_MAX_BODY_BYTES": str(self.max_body_bytes),

@@ -55,7 +55,7 @@ class Parking:
     def park(self, pids: Sequence[int], *, within: float) -> None:
         """Return when each of these workers holds nothing but a request of ours. Raises TimedOut."""
         deadline = time.monotonic() + within
-        parked = [self._ask(folder, pid) for pid in pids if (folder := _temp_folder(pid)) is not None]
+        parked = [self._ask(folder, pid) for pid in pids if (folder := temp_folder(pid)) is not None]
         while waiting := [path for path in parked if not path.exists()]:
             if time.monotonic() > deadline:
                 raise TimedOut(
@@ -98,7 +98,7 @@ class Parking:
             self._sent.append(connection)
 
 
-def _temp_folder(pid: int) -> Path | None:
+def temp_folder(pid: int) -> Path | None:
     """Where a worker of this machine keeps its temporary files; None when it runs no more."""
     try:
         return Path(psutil.Process(pid).environ()["TMPDIR"])

@@ -16,14 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from marina.canary import ContainerLog, Front
 from marina.client import NO_RETRIES, ManagementClient, ModelStatus, Timeout, WorkerStatus
 from marina.errors import ArchiveError, ClientError, ConfigError, MarinaError, ServerError, Unreachable
+from marina.gates import Arm
+from marina.gateway import GATEWAY_FOLDER, SPLITS_FILE
 from marina.replica import LocalReplica, Replica
+from marina.shadow import Shadow, from_lines, to_lines
 
 Target = Literal["auto", "local", "compose"]
 
 SERVICE = "torchserve"
-"""The service's name in docker-compose.yml."""
+GATEWAY_SERVICE = "gateway"
+"""The services' names in docker-compose.yml."""
 STORE_FOLDER = "model_store"
 """The last part of the path at which it mounts the model store."""
 ACTION_SECONDS = 900.0
@@ -45,15 +50,7 @@ class ContainerReplica:
     @property
     def store(self) -> Path:
         """The folder of this host that is its model store. Raises ClientError when none is mounted."""
-        command = [self._docker, "inspect", "--format", "{{json .Mounts}}", self.name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        mounts = json.loads(done.stdout) if done.returncode == 0 else []
-        for mount in mounts:
-            if Path(mount["Destination"]).name == STORE_FOLDER:
-                return Path(mount["Source"])
-        raise ClientError(
-            f"{self.name} has no {STORE_FOLDER} mounted from this host", remedy="mount one in docker-compose.yml"
-        )
+        return _mounted(self._docker, self.name, STORE_FOLDER)
 
     def status(self) -> tuple[ModelStatus, ...]:
         return tuple(status_from_json(item) for item in self._run("status")["models"])
@@ -73,13 +70,25 @@ class ContainerReplica:
     def retire(self, key: str) -> None:
         self._run("retire", key)
 
+    def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
+        found = self._run(
+            "shadow", name, old, new, f"{sample_seconds:g}", given=to_lines(recorded) if recorded else ""
+        )["shadow"]
+        return Shadow(**{**found, "old": _arm(found["old"]), "new": _arm(found["new"])})
+
+    def drained(self, key: str) -> bool:
+        return bool(self._run("drained", key)["drained"])
+
     def drain(self) -> None:
         self._run("drain")
 
-    def _run(self, action: str, *arguments: str) -> dict[str, Any]:
-        command = [self._docker, "exec", self.name, "marina", "replica", action, *arguments]
+    def _run(self, action: str, *arguments: str, given: str = "") -> dict[str, Any]:
+        """`given` is the action's standard input."""
+        command = [self._docker, "exec", "-i", self.name, "marina", "replica", action, *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=ACTION_SECONDS, check=False)
+            done = subprocess.run(
+                command, input=given, capture_output=True, text=True, timeout=ACTION_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             raise ClientError(
                 f"{self.name}: {action} did not end within {ACTION_SECONDS:.0f} s", remedy="look at it: make logs"
@@ -93,25 +102,31 @@ class ContainerReplica:
         raise Unreachable(f"{self.name}: {action}: {words}", remedy="is the container running? docker ps")
 
 
-def run_action(replica: Replica, action: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The other end of `ContainerReplica`: do it here. Raises ConfigError for an action that is none."""
-    actions: Mapping[str, tuple[int, Callable[..., Any]]] = {
+def run_action(replica: Replica, action: str, arguments: Sequence[str], given: Callable[[], str]) -> dict[str, Any]:
+    """The other end of `ContainerReplica`: do it here. `given` reads the standard input. Raises ConfigError for an action
+    that is none."""
+    actions: Mapping[str, tuple[int, Callable[..., Mapping[str, Any] | None]]] = {
         "register": (2, lambda key, workers: replica.register(key, int(workers))),
         "prove": (1, replica.prove),
         "set-default": (1, replica.set_default),
         "scale": (2, lambda key, workers: replica.scale(key, int(workers))),
+        "shadow": (
+            4,
+            lambda name, old, new, seconds: {
+                "shadow": dataclasses.asdict(replica.shadow(name, old, new, from_lines(given()), float(seconds)))
+            },
+        ),
+        "drained": (1, lambda key: {"drained": replica.drained(key)}),
         "retire": (1, replica.retire),
         "drain": (0, replica.drain),
-        "status": (0, lambda: None),
+        "status": (0, lambda: {"models": [dataclasses.asdict(model) for model in replica.status()]}),
     }
     count, run = actions.get(action, (-1, None))
     if run is None or len(arguments) != count:
         raise ConfigError(
             f"no action '{action}' with {len(arguments)} arguments", remedy=f"actions: {', '.join(actions)}"
         )
-    run(*arguments)
-    models = replica.status() if action == "status" else ()
-    return {"done": action, "models": [dataclasses.asdict(model) for model in models]}
+    return {"done": action, **(run(*arguments) or {})}
 
 
 def find_replicas(target: Target, local: LocalReplica, *, management_url: str, project: Path) -> list[Replica]:
@@ -142,13 +157,40 @@ def containers(project: Path) -> list[ContainerReplica]:
     Docker's own words when it cannot say.
     """
     docker = shutil.which("docker")
-    if docker is None:
-        return []
+    return (
+        [] if docker is None else [ContainerReplica(name, docker=docker) for name in _running(docker, project, SERVICE)]
+    )
+
+
+def find_front(project: Path) -> Front | None:
+    """The gateway's container of the stack in this folder; None when none runs. Raises as `containers` does."""
+    docker = shutil.which("docker")
+    found = [] if docker is None else _running(docker, project, GATEWAY_SERVICE)
+    if docker is None or not found:
+        return None
+    (gateway, *_) = found
+    folder = _mounted(docker, gateway, GATEWAY_FOLDER)
+    return Front(splits=folder / SPLITS_FILE, open_log=lambda: ContainerLog(docker, gateway))
+
+
+def _running(docker: str, project: Path, service: str) -> list[str]:
     command = [docker, "ps", "--format", "{{.Names}}", "--filter", f"label={_FOLDER_LABEL}={project}"]
-    command += ["--filter", f"label={_SERVICE_LABEL}={SERVICE}"]
+    command += ["--filter", f"label={_SERVICE_LABEL}={service}"]
     if stack := os.environ.get("COMPOSE_PROJECT_NAME"):
         command += ["--filter", f"label={_PROJECT_LABEL}={stack}"]
-    return [ContainerReplica(name, docker=docker) for name in sorted(_listed(command))]
+    return sorted(_listed(command))
+
+
+def _mounted(docker: str, container: str, last_part: str) -> Path:
+    """This host's folder behind a mount of the container, by the last part of its path inside."""
+    command = [docker, "inspect", "--format", "{{json .Mounts}}", container]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    for mount in json.loads(done.stdout) if done.returncode == 0 else []:
+        if Path(mount["Destination"]).name == last_part:
+            return Path(mount["Source"])
+    raise ClientError(
+        f"{container} has no {last_part} mounted from this host", remedy="mount one in docker-compose.yml"
+    )
 
 
 def _listed(command: Sequence[str]) -> list[str]:
@@ -170,6 +212,10 @@ def _listed(command: Sequence[str]) -> list[str]:
 def status_from_json(value: Mapping[str, Any]) -> ModelStatus:
     """What `run_action` wrote."""
     return ModelStatus(**{**value, "workers": tuple(WorkerStatus(**worker) for worker in value["workers"])})
+
+
+def _arm(value: Mapping[str, Any]) -> Arm:
+    return Arm(**{**value, "latencies_ms": tuple(value["latencies_ms"])})
 
 
 def _answers(management_url: str) -> bool:

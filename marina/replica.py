@@ -16,19 +16,27 @@ from typing import Protocol
 import psutil
 import requests
 
+from marina import shadow
 from marina import store as model_store
 from marina.client import InferenceClient, ManagementClient, ModelStatus
 from marina.errors import ArchiveError, ClientError, Refused, TimedOut
+from marina.golden import inputs as golden_inputs
 from marina.golden import prove
-from marina.parking import Parking
+from marina.parking import Parking, temp_folder
 from marina.server import ServedModel
 from marina.serving import NotServed
+from marina.shadow import Shadow
 
 DRAIN_SECONDS = 120.0
 """How long requests already accepted may take before a version is taken away from under them."""
 _RETIRE_TRIES = 3
 _IDLE_LOOKS = 3
 _LOOK_SECONDS = 0.1
+_LIVE_INPUTS = 32
+_KEPT_SECONDS = 5.0
+"""How long a version that stays loaded is waited for; whoever asks for it by its number is answered all the same."""
+_RESTART_SECONDS = 6.0
+"""How long a dead worker may take to be started again by TorchServe before a change of their number goes another way."""
 _CAUSE_SECONDS = 3.0
 """A dead worker's last words arrive after TorchServe's answer."""
 
@@ -59,6 +67,14 @@ class Replica(Protocol):
 
     def scale(self, key: str, workers: int) -> None:
         """Set the number of workers and wait until exactly so many are READY; no request is lost on the way down."""
+        ...
+
+    def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
+        """Send the same inputs to two versions: golden, recorded, and live ones of the old version."""
+        ...
+
+    def drained(self, key: str) -> bool:
+        """Wait until nothing waits in its queue; whether that came about."""
         ...
 
     def retire(self, key: str) -> None:
@@ -103,11 +119,43 @@ class LocalReplica:
     def scale(self, key: str, workers: int) -> None:
         name, version = _split(key)
         found = self._require(key)
+        ends = time.monotonic() + _RESTART_SECONDS
+        while _dead_in_front(found):
+            if time.monotonic() > ends:
+                self._begin_anew(found, workers)
+                return
+            time.sleep(_LOOK_SECONDS)
+            found = self._require(key)
         surplus = found.workers[workers:]  # TorchServe ends the newest first
         with self._parking(found) as parking:
             if surplus:
                 self._settle(found, [worker.pid for worker in surplus], parking)
             self._management.scale(name, workers, version)
+
+    def _begin_anew(self, found: ModelStatus, workers: int) -> None:
+        """Rid TorchServe's list of an entry that has no process any more: it only takes entries away from the end, so all
+        of them go, each with nothing in hand, and as many as wanted come. What waits in the queue stays there."""
+        with self._parking(found) as parking:
+            self._settle(found, [worker.pid for worker in found.workers if worker.ready], parking)
+            self._management.scale(found.name, 0, found.version)
+        self._management.scale(found.name, workers, found.version)
+
+    def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
+        golden = golden_inputs([self._model(f"{name}:{version}").archive_file for version in (old, new)])
+        workers = self._require(f"{name}:{old}").workers
+        temp = next((found for worker in workers if (found := temp_folder(worker.pid)) is not None), None)
+        live: list[bytes] = []
+        if temp is not None and sample_seconds > 0:
+            live = shadow.sample(temp, name, old, inputs=_LIVE_INPUTS, seconds=sample_seconds)
+        return shadow.compare(self._inference_url, name, old, new, golden=golden, recorded=recorded, live=live)
+
+    def drained(self, key: str) -> bool:
+        deadline = time.monotonic() + _KEPT_SECONDS
+        while self._require(key).pending:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
 
     def retire(self, key: str) -> None:
         name, version = _split(key)
@@ -248,6 +296,12 @@ def _cpu_seconds(pids: Sequence[int]) -> dict[int, float]:
             times = psutil.Process(pid).cpu_times()
             used[pid] = times.user + times.system
     return used
+
+
+def _dead_in_front(found: ModelStatus) -> bool:
+    """Whether an entry without a process has a living one behind it."""
+    alive = [worker.ready or psutil.pid_exists(worker.pid) for worker in found.workers]
+    return True in alive and False in alive[: len(alive) - alive[::-1].index(True)]
 
 
 def _split(key: str) -> tuple[str, str]:

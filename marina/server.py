@@ -25,17 +25,22 @@ from typing import Any, Literal, TextIO
 
 import requests
 
-from marina import java, processes, properties
+from marina import frontend_patch, java, processes, properties
 from marina.client import NO_RETRIES, InferenceClient, ManagementClient, Timeout
 from marina.errors import ConfigError, MarinaError, NoDevice, NotReady, ServerDied, ServerError
 from marina.logs import LoadFailure, ServerLog
-from marina.settings import Kind, ServeSettings
+from marina.settings import ENGINE_SWITCH, Kind, ServeSettings
 from marina.watch import Port, State, Watch, accepted
+from marina.watchdog import Watchdog
 
 Reason = Literal["SIGINT", "SIGTERM", "drain"]
 _Event = Literal["SIGINT", "SIGTERM", "drain", "ended"]
 
 _POLL_SECONDS = 0.1
+_READ_BYTES = 65536
+"""As much as a pipe holds."""
+_READ_PAUSE_SECONDS = 0.01
+"""25,000 requests a second print 32 KiB meanwhile."""
 _REMOVED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "CLASSPATH")
 """Each of them can put other code in front of an archive's own."""
 
@@ -141,6 +146,7 @@ class Server:
             self.settings.url("management"), timeout=Timeout(connect=1.0, read=5.0), retries=NO_RETRIES
         )
         self._watch = Watch(self._management, self.expected)
+        self._watchdog: Watchdog | None = None
         self._port: Port | None = None
         self._proved = False
         self._draining = False
@@ -204,6 +210,8 @@ class Server:
             self.stop(drain=False)
             raise
         self._watch.start(self.settings.watch_seconds)
+        if self._watchdog is not None:
+            self._watchdog.start()
         self.seconds_to_ready = time.monotonic() - started
 
     def stop(self, *, drain: bool = True) -> None:
@@ -211,6 +219,8 @@ class Server:
         if drain and self.alive():
             self._drain()
         self._draining = True
+        if self._watchdog is not None:
+            self._watchdog.stop()
         self._watch.stop()
         if self._process is not None:
             # Not SIGTERM first: java would cut open connections at once as well, kill the workers, and take 2 s over it.
@@ -311,6 +321,7 @@ class Server:
             option = "--port" if kind == "inference" else f"--{kind}-port"
             processes.require_port(settings.host(kind), settings.port(kind), purpose=kind, option=option)
         self.folder, self._lock = processes.private_folder()
+        self._watchdog = Watchdog(self.folder, settings, self.expected, self._watch, self._log)
         file = self.folder / "config.properties"
         file.write_text(properties.render(base, self._overrides(snapshot)), encoding="ascii")
         command = java.command(
@@ -319,8 +330,17 @@ class Server:
             model_store=store,
             temp=self.folder,
             vm_options=shlex.split(base.entries.get("vmargs", "")),
+            in_front=self._patched_jars(self.folder),
         )
         return command, self._child_environment(self.folder)
+
+    def _patched_jars(self, folder: Path) -> list[Path]:
+        if not self.settings.frontend_patches:
+            return []
+        patched = frontend_patch.write(java.torchserve_home(), folder)
+        if patched.refused:
+            self._log.note(f"TorchServe's front end stays as it is in part: {'; '.join(patched.refused)}", level="WARN")
+        return [patched.jar] if patched.jar is not None else []
 
     def _model_store(self) -> Path:
         if not self.models:
@@ -365,7 +385,9 @@ class Server:
     def _child_environment(self, folder: Path) -> dict[str, str]:
         """Ours without what would change the server behind the configuration's back, which is noted."""
         removed = [
-            name for name in self._environment if name in _REMOVED_VARIABLES or name.startswith(("TS_", "MARINA_"))
+            name
+            for name in self._environment
+            if name in _REMOVED_VARIABLES or (name.startswith(("TS_", "MARINA_")) and name != ENGINE_SWITCH)
         ]
         noted = [name for name in removed if not name.startswith("MARINA_")]
         if noted:
@@ -393,8 +415,7 @@ class Server:
             spawned.put(process)
             assert process.stdout is not None
             with process.stdout:
-                for line in process.stdout:
-                    self._log.feed(line)
+                _feed(process.stdout.read1, self._log.feed)  # type: ignore[attr-defined]
             process.wait()
             self._events.put("ended")
 
@@ -583,6 +604,25 @@ class _Supervised:
 
     def request_drain(self) -> None:
         self._server.request_drain()
+
+
+def _feed(read: Callable[[int], bytes], take: Callable[[bytes], None]) -> None:
+    """Hand over whole lines, as many as there are, until the end.
+
+    Pauses after each reading: java writes a line per request, and to wake up for each of them costs more than the line.
+    """
+    rest: list[bytes] = []
+    while chunk := read(_READ_BYTES):
+        lines, newline, begun = chunk.rpartition(b"\n")
+        if newline:
+            take(b"".join((*rest, lines, newline)))
+            rest = []
+        if begun:
+            rest.append(begun)
+        if len(chunk) < _READ_BYTES // 2:
+            time.sleep(_READ_PAUSE_SECONDS)
+    if rest:
+        take(b"".join(rest))
 
 
 def _address(settings: ServeSettings, kind: Kind) -> str:

@@ -10,10 +10,10 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ from marina import store as model_store
 from marina.archive import NAME_PATTERN, VERSION_PATTERN
 from marina.client import ModelStatus
 from marina.errors import ClientError, StoreError
+from marina.journal import Begun, Journal
 from marina.server import ServedModel
 
 SERVING_FILE = "serving.json"
@@ -125,7 +126,8 @@ def _changed(old: ModelServing, **values: object) -> ModelServing:
 def adopted(known: Serving | None, seen: Sequence[ModelStatus]) -> Serving:
     """The file's content brought in line with what a server was seen to serve, which wins.
 
-    Models that this server does not serve stay as the file has them; previous versions are the file's.
+    Models that this server does not serve stay as the file has them; previous versions are the file's, and so is a number
+    of workers that are all ready beside an entry that the watchdog has replaced.
     """
     models = dict(known.models) if known is not None else {}
     for name in {status.name for status in seen}:
@@ -133,10 +135,15 @@ def adopted(known: Serving | None, seen: Sequence[ModelStatus]) -> Serving:
         default = next((version for version, status in found.items() if status.default), None)
         if default is None:
             continue
-        previous = models[name].previous if name in models else None
+        before = models.get(name)
+        previous = before.previous if before is not None else None
+        meant = before.versions if before is not None else {}
         models[name] = ModelServing(
             default=default,
-            versions={version: len(status.workers) for version, status in found.items()},
+            versions={
+                version: status.ready_workers if status.ready_workers == meant.get(version) else len(status.workers)
+                for version, status in found.items()
+            },
             previous=previous if previous is not None and previous.version != default else None,
         )
     return Serving(models=models)
@@ -192,6 +199,41 @@ def rollout_lock(store: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def in_progress(store: Path) -> bool:
+    """Whether a rollout holds the lock at this moment. Needs no right to write."""
+    try:
+        descriptor = os.open(store / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def state_of(value: Mapping[str, Any] | None) -> ModelServing | None:
+    """A model's state as a journal has it. Raises StoreError."""
+    if value is None:
+        return None
+    try:
+        return ModelServing.model_validate(value)
+    except ValidationError as error:
+        raise StoreError(
+            f"the journal of rollouts holds no state of a model: {error.errors()[0]['msg']}",
+            remedy="look at what is served (marina status), then remove rollouts.jsonl",
+        ) from error
+
+
+def settled(serving: Serving | None, begun: Begun) -> Serving:
+    """What the file has to say once an interrupted rollout was finished or taken back."""
+    state = state_of(begun.after if begun.committed else begun.before)
+    models = {name: model for name, model in (serving or Serving()).models.items() if name != begun.name}
+    return Serving(models=models | ({begun.name: state} if state is not None else {}))
+
+
 def to_serve(store: Path, serving: Serving) -> list[ServedModel]:
     """What the supervisor needs to know of each version. Raises StoreError when an archive is missing or was changed."""
     wanted = [f"{name}:{version}" for name, model in serving.models.items() for version in model.versions]
@@ -242,12 +284,27 @@ class Following:
 def at_start(store: Path) -> list[ServedModel]:
     """What `marina serve` without names serves: what rollouts left, and the newest version of every other name.
 
-    Raises StoreError when there is nothing, or when an archive is missing or was changed.
+    A rollout that was killed counts as finished or taken back (`marina.journal`); nothing is written, since the store may
+    be mounted read-only: the next command on it settles the files. Raises StoreError when there is nothing, or when an
+    archive is missing or was changed.
     """
     serving = read(store)
+    begun = Journal(store).unfinished()
+    unproved = None
+    if begun is not None and not in_progress(store):
+        serving = settled(serving, begun)
+        unproved = begun.published if not begun.committed else None
     known = to_serve(store, serving) if serving is not None else []
     names = {model.name for model in known}
-    return known + model_store.to_serve([item for item in model_store.select(store, []) if item.name not in names])
+    items = [item for item in model_store.archives(store) if item.path.name != unproved]
+    newest = {item.name: item for item in items if item.name not in names}
+    if not known and not newest:
+        model_store.select(store, [])  # says so when the store is empty
+        raise StoreError(
+            f"the only archive in {store} is {unproved}, which a rollout left unproved when it was killed",
+            remedy=f"serve it by its name, then: marina deploy {store / str(unproved)}",
+        )
+    return known + model_store.to_serve(list(newest.values()))
 
 
 def _sync_folder(folder: Path) -> None:

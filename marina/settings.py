@@ -18,7 +18,9 @@ PREFIX = "MARINA_"
 CONFIG_FILE = Path(__file__).parent.parent / "config.properties"
 """The one at the top level of this repository."""
 
-OTHER_VARIABLES = ("MARINA_HOME", "MARINA_URL", "MARINA_MANAGEMENT_URL", "MARINA_KEY_FILE")
+ENGINE_SWITCH = "MARINA_ENGINE"
+"""Read by the workers: `plain` keeps them from using the engines that archives bring."""
+OTHER_VARIABLES = ("MARINA_HOME", "MARINA_URL", "MARINA_MANAGEMENT_URL", "MARINA_KEY_FILE", ENGINE_SWITCH)
 """MARINA_* variables that belong to the command line and are no settings of `serve`."""
 
 Kind = Literal["inference", "management", "metrics", "supervisor"]
@@ -44,12 +46,18 @@ class ServeSettings(BaseModel):
     """The ports that may listen beyond loopback: only inside a network that is private itself."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs where there are any; gpu: refuse to start without one."""
+    frontend_patches: bool = True
+    """Batches without waiting and fewer detours in TorchServe's java (marina/frontend_patch.py); False: as it ships."""
     startup_timeout: float = Field(default=300.0, gt=0)
     """Seconds until every worker must be ready."""
     drain_seconds: float = Field(default=30.0, ge=0)
     """Seconds that requests already accepted may take after a stop was asked for."""
     watch_seconds: float = Field(default=1.0, gt=0)
     """Seconds between two looks at the workers' state."""
+    hang_seconds: float = Field(default=5.0, gt=0)
+    """A batch is given up after ten times the longest one before it, and after no less than this (marina/watchdog.py)."""
+    worker_memory_mb: int = Field(default=0, ge=0)
+    """A worker with more resident memory is started anew once it is idle; 0: no limit."""
     log_level: Level = "warning"
     """Lines below it are not passed on; requests have their own switch."""
     log_requests: bool = True

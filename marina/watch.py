@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +66,10 @@ class State:
     seen_at: float = 0.0
     """time.monotonic()"""
     unanswered: str = "not looked yet"
+    recycled: tuple[tuple[str, str, str, int], ...] = ()
+    """(model, version, cause, times): workers that the watchdog ended, or saw end, since the start."""
+    refused: int = 0
+    """Inputs that have ended two workers each and are refused."""
 
     def missing(self) -> list[str]:
         """Why not everything is ready, one line per model version; empty when all is."""
@@ -91,6 +96,9 @@ class Watch:
         self._expected = expected
         self._pids: dict[tuple[str, str, str], int] = {}
         self._restarts: dict[tuple[str, str], int] = {}
+        self._recycled: Counter[tuple[str, str, str]] = Counter()
+        self.refused = 0
+        """Told by the watchdog; see `State.refused`."""
         self._lock = threading.Lock()
         self._state = State()
         self._stopped = threading.Event()
@@ -106,11 +114,14 @@ class Watch:
         with self._lock:
             try:
                 versions = tuple(self._look_at(item) for item in self._expected())
-                self._state = State(versions=versions, seen_at=time.monotonic(), unanswered="")
+                self._state = self._seen(versions, time.monotonic(), "")
             except ClientError as error:
-                previous = self._state
-                self._state = State(versions=previous.versions, seen_at=previous.seen_at, unanswered=str(error))
+                self._state = self._seen(self._state.versions, self._state.seen_at, str(error))
             return self._state
+
+    def recycled(self, name: str, version: str, cause: str) -> None:
+        """Count one for the metrics."""
+        self._recycled[name, version, cause] += 1
 
     def start(self, every_seconds: float) -> None:
         """Keep looking, in a thread of its own, until `stop`."""
@@ -127,6 +138,10 @@ class Watch:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
+
+    def _seen(self, versions: tuple[VersionState, ...], at: float, unanswered: str) -> State:
+        recycled = tuple((*labels, count) for labels, count in list(self._recycled.items()))
+        return State(versions=versions, seen_at=at, unanswered=unanswered, recycled=recycled, refused=self.refused)
 
     def _look_at(self, item: Expected) -> VersionState:
         key = (item.name, item.version)
@@ -214,6 +229,15 @@ class SupervisorMetrics(Collector):
             archives.add_metric((model.name, model.version), {"sha256": model.sha256})
         yield restarts
         yield archives
+        recycled = CounterMetricFamily(
+            "marina_worker_recycles",
+            "workers that the watchdog ended, or saw end, by cause",
+            labels=("model", "version", "cause"),
+        )
+        for name, version, cause, count in state.recycled:
+            recycled.add_metric((name, version, cause), count)
+        yield recycled
+        yield _gauge("marina_inputs_refused", "inputs that have ended two workers and are refused", state.refused)
 
 
 _VERSION_GAUGES = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,20 +20,26 @@ from typing import Any
 import pytest
 import requests
 
-from marina import archive, serving
+from marina import archive, canary, gateway, serving
 from marina import store as model_store
 from marina.archive import Archive
 from marina.client import NO_RETRIES, InferenceClient, ManagementClient
 from marina.golden import prove
+from marina.replica import LocalReplica
+from marina.rollout import Rollout
 from marina.server import Server
+from marina.serving import ModelServing
 from support import images, torchserve
 from support.artifacts import write_artifact
 from support.commands import ROOT, Ran, environment, marina, project
+from support.gateway import Front, front, require_haproxy
 from support.torchserve import eventually
 
 PICTURES = [images.photo(seed) for seed in range(12)]
 _OPTIONS = {"management": "--url", "inference": "--inference-url"}
-STEPS = ["verify", "look", "publish", "load", "golden", "default", "retire"]
+STEPS = ["verify", "look", "publish", "load", "golden", "shadow", "no", "default", "drain"]
+TRIAL = ("--min-agreement", "0", "--max-p99-ratio", "1000", "--sample-seconds", "0.5")
+"""Two networks with random weights agree about nothing, and a busy machine is no place to compare latencies."""
 Table = dict[str, list[dict[int, float]]]
 """Version -> per picture, the probability per class."""
 
@@ -59,7 +67,30 @@ class Stage:
         return marina(self.home, *arguments, *self.urls, "--json")
 
     def deploy(self, mar: Path, *options: str) -> Ran:
-        return self.run("deploy", str(mar), *options, "--supervisor-url", self.settings.url("supervisor"))
+        return self.run("deploy", str(mar), *TRIAL, *options, "--supervisor-url", self.settings.url("supervisor"))
+
+    def rollout(self, front: canary.Front | None = None) -> Rollout:
+        """In this process: for setting a state up, and for what the command line does not say."""
+        urls = {f"{kind}_url": self.settings.url(kind) for kind in ("inference", "management", "supervisor")}
+        return Rollout([LocalReplica(store=self.store, **urls)], self.store, python=sys.executable, front=front)
+
+    def back_to_the_first(self) -> None:
+        """Version 1.0 alone, and 2.0 not in the store."""
+        self.rollout().bring("tiny", ModelServing(default="1.0", versions={"1.0": 1}))
+        (self.store / "tiny-2.0.mar").unlink(missing_ok=True)
+
+    def kill_deploy(self, event: str, step: str, after: float = 0.0, gate: Front | None = None) -> None:
+        """Deploy 2.0 in a process of its own, which is killed there."""
+        urls = {kind: self.settings.url(kind) for kind in ("inference", "management", "supervisor")}
+        wish = {"store": str(self.store), "archive": str(self.packed["2.0"].path), "name": "tiny", "version": "2.0"}
+        gateway = None if gate is None else [str(gate.clients.parent), str(gate.running.log)]
+        text = json.dumps({**wish, "urls": urls, "gateway": gateway, "event": event, "step": step, "after": after})
+        program = Path(torchserve.__file__).with_name("killed_rollout.py")
+        done = subprocess.run(
+            [sys.executable, str(program), text], env=environment(self.home), capture_output=True, text=True,
+            check=False, timeout=110,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr
 
     def versions(self) -> dict[str, tuple[bool, int]]:
         """Version -> (default, ready workers)."""
@@ -110,13 +141,15 @@ class Load:
     """Clients that ask one after the other and compare every answer with the one of its version."""
 
     stage: Stage
+    url: str
+    key: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
     unchecked: list[tuple[str, int, dict[int, float]]] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def ask(self, number: int) -> None:
         picture = number
-        with InferenceClient(self.stage.settings.url("inference"), retries=NO_RETRIES) as client:
+        with InferenceClient(self.url, key=self.key, retries=NO_RETRIES) as client:
             while not self._stop.wait(0.01):  # leaves the processor to the workers that load
                 picture = (picture + 5) % len(PICTURES)
                 try:
@@ -139,9 +172,9 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(stage: Stage, clients: int = 4) -> Iterator[Load]:
-    """Under way when the block begins, and still when it ends."""
-    found = Load(stage)
+def load(stage: Stage, clients: int = 4, gate: Front | None = None) -> Iterator[Load]:
+    """Under way when the block begins, and still when it ends; through the gateway where there is one."""
+    found = Load(stage, stage.settings.url("inference")) if gate is None else Load(stage, gate.running.url, gate.key)
     threads = [threading.Thread(target=found.ask, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
@@ -176,13 +209,16 @@ class TestTheLifeOfAVersion:
 
     def test_deploy_under_load_loses_nothing(self, stage: Stage) -> None:
         with load(stage) as seen:
-            ran = stage.deploy(stage.packed["2.0"].path)
+            ran = stage.deploy(stage.packed["2.0"].path, "--sample-seconds", "10")
         assert ran.code == 0, ran.err
         stage.expected["2.0"] = stage.table("2.0")
+        (shadow,) = [step["found"] for step in ran.json["steps"] if step["what"].startswith("shadow")]
+        assert re.match(r"\d+ golden, 0 recorded, [1-9]\d* live inputs; ", shadow), shadow
         assert not _close(stage.expected["1.0"][0], stage.expected["2.0"][0]), "the two versions must differ"
         assert seen.failed() == {} and seen.wrong() == []
         assert seen.counts["1.0"] and seen.counts["2.0"]
-        assert stage.versions() == {"2.0": (True, 1)}
+        assert stage.versions() == {"1.0": (False, 1), "2.0": (True, 1)}, "the old version is kept for a rollback"
+        assert {gate["gate"] for gate in ran.json["gates"]} == {"error rate", "p99", "agreement"}
         done = [step["what"] for step in ran.json["steps"] if not step["error"]]
         assert len(done) == len(ran.json["steps"])
         assert [what.split()[0] for what in done] == STEPS
@@ -190,8 +226,10 @@ class TestTheLifeOfAVersion:
         eventually(lambda: _ready(stage), "ready with the new version expected")
 
     def test_rollback_to_a_retired_version_under_load_loses_nothing(self, stage: Stage) -> None:
+        assert stage.run("retire", "tiny:1.0").code == 0
+        assert stage.versions() == {"2.0": (True, 1)}
         with load(stage) as seen:
-            ran = stage.run("rollback", "tiny", "--keep")
+            ran = stage.run("rollback", "tiny")
         assert ran.code == 0, ran.err
         assert seen.failed() == {} and seen.wrong() == []
         assert seen.counts["1.0"] and seen.counts["2.0"]
@@ -201,7 +239,7 @@ class TestTheLifeOfAVersion:
     def test_rollback_between_loaded_versions_is_quick(self, stage: Stage) -> None:
         with load(stage) as seen:
             for default in ("2.0", "1.0"):
-                ran = stage.run("rollback", "tiny", "--keep")
+                ran = stage.run("rollback", "tiny")
                 assert (ran.code, ran.json["default"]) == (0, default), ran.err
                 assert sum(step["seconds"] for step in ran.json["steps"]) < 10
         assert seen.failed() == {} and seen.wrong() == []
@@ -262,7 +300,7 @@ class TestTheLifeOfAVersion:
             ran = stage.deploy(packed.path)
         assert ran.code == 5, ran.err
         assert "tiny 4.0 did not load: OSError: no room in here" in ran.json["error"]
-        assert "(reverted, tiny is served as before)" in ran.json["error"]
+        assert "(reverted, tiny 1.0 is served as before)" in ran.json["error"]
         assert seen.failed() == {} and seen.wrong() == []
         assert stage.versions() == {"1.0": (True, 1)} and serving.read(stage.store) == before
         assert not (stage.store / packed.path.name).exists()
@@ -280,20 +318,117 @@ class TestTheLifeOfAVersion:
                     process.send_signal(signal.SIGINT)
                 seen.append(line)
             assert process.wait(30) == 130, seen
-        assert any("interrupted; reverted, tiny is served as before" in line for line in seen), seen
+        assert any("interrupted; reverted, tiny 1.0 is served as before" in line for line in seen), seen
         assert stage.versions() == {"1.0": (True, 1)} and not (stage.store / "tiny-2.0.mar").exists()
 
     def test_a_restart_comes_back_with_what_was_deployed(self, stage: Stage) -> None:
         """The newest version is 2.0, and 1.0 was chosen; two workers although the archive says one."""
-        assert stage.deploy(stage.packed["2.0"].path, "--keep").code == 0
-        assert stage.run("rollback", "tiny", "--keep").code == 0
+        assert stage.deploy(stage.packed["2.0"].path).code == 0
+        assert stage.run("rollback", "tiny").code == 0
         assert stage.run("scale", "tiny", "2").code == 0
         before = stage.versions()
         assert before == {"1.0": (True, 2), "2.0": (False, 1)}
         stage.server.stop()
         stage.server = _start(stage.home, stage.settings)
         assert stage.versions() == before
-        assert stage.run("rollback", "tiny").json["default"] == "2.0"
+        assert stage.run("rollback", "tiny", "--retire").json["default"] == "2.0"
+        assert stage.versions() == {"2.0": (True, 1)}
+
+    def test_a_version_that_disagrees_is_reverted_and_the_gate_named(self, stage: Stage) -> None:
+        """Recorded inputs: 30 photos, about which two networks with random weights do not agree."""
+        recorded = stage.home / "recorded"
+        recorded.mkdir()
+        for seed in range(30):
+            (recorded / f"{seed}.png").write_bytes(images.photo(seed))
+        assert stage.run("retire", "tiny:1.0").code == 7, "it is not loaded"
+        before = serving.read(stage.store)
+        with load(stage) as seen:
+            ran = stage.deploy(stage.packed["1.0"].path, "--min-agreement", "1", "--shadow", str(recorded))
+        assert ran.code == 5, ran.out
+        assert "tiny 1.0 failed the gate 'agreement' at shadow: " in ran.json["error"]
+        assert "at least 100.0% must (reverted, tiny 2.0 is served as before)" in ran.json["error"]
+        assert seen.failed() == {} and seen.wrong() == []
+        assert stage.versions() == {"2.0": (True, 1)} and serving.read(stage.store) == before
+
+
+KILLS = [
+    ("begin", "", 0.0, "1.0"),
+    ("start", "publish", 0.0, "1.0"),
+    ("start", "load", 0.0, "1.0"),
+    ("start", "load", 0.4, "1.0"),
+    ("start", "golden", 0.0, "1.0"),
+    ("start", "shadow", 0.0, "1.0"),
+    ("start", "default", 0.0, "1.0"),
+    ("done", "default", 0.0, "1.0"),
+    ("commit", "", 0.0, "2.0"),
+    ("start", "drain", 0.0, "2.0"),
+]
+
+
+class TestAKilledDeploy:
+    """SIGKILL to the deploying process, under load; then the next command finds a way out."""
+
+    @pytest.mark.parametrize(("event", "step", "after", "default"), KILLS, ids=lambda value: str(value))
+    def test_is_settled_and_nobody_notices(
+        self, stage: Stage, event: str, step: str, after: float, default: str
+    ) -> None:
+        stage.back_to_the_first()
+        with load(stage, clients=1) as seen:
+            stage.kill_deploy(event, step, after)
+            # What `marina serve` would start with at this moment.
+            assert {model.version for model in serving.at_start(stage.store) if model.default} == {default}
+            rollout = stage.rollout()
+            assert rollout.recover().startswith("deploy of tiny (at: ") or event == "begin"
+        assert seen.failed() == {} and seen.wrong() == []
+        served = {"1.0": (True, 1)} if default == "1.0" else {"1.0": (False, 1), "2.0": (True, 1)}
+        assert stage.versions() == served
+        held = serving.read(stage.store)
+        assert held is not None and held.models["tiny"].default == default
+        assert set(held.models["tiny"].versions) == set(served)
+        assert (stage.store / "tiny-2.0.mar").exists() == (default == "2.0")
+        assert rollout.recover() == "", "settled once and for all"
+
+
+@pytest.fixture(scope="module")
+def gate(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """A gateway in front of the server."""
+    require_haproxy()
+    address = stage.settings.url("inference").removeprefix("http://")
+    replica = gateway.Replica(address=address, health_port=stage.settings.port("supervisor"))
+    with front(tmp_path_factory.mktemp("gateway"), [replica], rate_limit=1_000_000) as found:
+        yield found
+
+
+class TestThroughTheGateway:
+    """A canary of real requests."""
+
+    def test_a_growing_share_and_nobody_notices(self, stage: Stage, gate: Front) -> None:
+        stage.back_to_the_first()
+        folder, log = gate.clients.parent, gate.running.log
+        with load(stage, gate=gate) as seen:
+            ran = stage.deploy(
+                stage.packed["2.0"].path, "--canary", "10,50,100", "--canary-seconds", "1", "--canary-requests", "5",
+                "--gateway-folder", str(folder), "--gateway-log", str(log),
+            )  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert seen.failed() == {} and seen.wrong() == []
+        done = [step["what"] for step in ran.json["steps"] if step["what"].startswith("canary")]
+        assert done == [f"canary: {share} % of requests to tiny:2.0" for share in (10, 50, 100)]
+        assert (folder / "splits").read_text() == "", "the canary is over"
+        assert any(line["canary"] == "2.0" for line in gate.log_lines())
+        assert stage.versions() == {"1.0": (False, 1), "2.0": (True, 1)}
+
+    def test_a_killed_canary_is_taken_back(self, stage: Stage, gate: Front) -> None:
+        stage.back_to_the_first()
+        splits = gate.clients.parent / "splits"
+        before = serving.read(stage.store)
+        with load(stage, gate=gate) as seen:
+            stage.kill_deploy("done", "canary: 10", gate=gate)
+            assert splits.read_text().startswith("tiny 2.0 10 ")
+            stage.rollout(canary.Front(splits=splits, open_log=lambda: canary.FileLog(gate.running.log))).recover()
+        assert seen.failed() == {} and seen.wrong() == []
+        assert splits.read_text() == "" and serving.read(stage.store) == before
+        assert stage.versions() == {"1.0": (True, 1)}
 
 
 def test_status_shows_what_is_served(stage: Stage) -> None:

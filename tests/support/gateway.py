@@ -61,7 +61,7 @@ class Backend:
     `status:507:text`       TorchServe's kind of error: JSON with this text, connection closed
     `problem:422`           a handler's own error: problem+json, connection closed as TorchServe does
     `drop`                  close without an answer
-    Each can be limited to one replica with `@name` at its end: `status:507:x@a`.
+    Each can be limited to one replica with `@name` at its end, `status:507:x@a`, or to paths that end so: `drop@/2.0`.
     """
 
     name: str

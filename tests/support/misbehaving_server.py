@@ -43,7 +43,8 @@ class Prediction(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         served.append(self.path)
         mode, _, only = self.headers.get("X-Mode", "").partition("@")
-        word, _, rest = mode.partition(":") if not only or only == NAME else ("", "", "")
+        meant = only in ("", NAME) or (only.startswith("/") and self.path.partition("?")[0].endswith(only))
+        word, _, rest = mode.partition(":") if meant else ("", "", "")
         if word == "sleep":
             time.sleep(float(rest))
         if word == "drop":

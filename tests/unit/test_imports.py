@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("handlerlib", "training", "marina", "support", "tests")
-MARINA_COMMANDS_THAT_TRAIN = {"training_cli.py", "demo.py"}
+MARINA_COMMANDS_THAT_TRAIN = {"training_cli.py", "demo.py", "compress_cli.py", "optimize_cli.py"}
 
 
 def imported(path: Path) -> set[str]:
@@ -43,7 +43,7 @@ def test_training_knows_no_operations(path: Path) -> None:
 def test_operations_know_the_format_and_not_the_code(path: Path) -> None:
     names = own(path)
     assert {name for name in names if name.startswith("handlerlib.")} <= {
-        name for name in names if name.startswith(("handlerlib.spec", "handlerlib.errors"))
+        name for name in names if name.startswith(("handlerlib.spec", "handlerlib.engine_spec", "handlerlib.errors"))
     }
     if path.name not in MARINA_COMMANDS_THAT_TRAIN:
         assert not any(name.startswith("training") for name in names)
@@ -58,7 +58,9 @@ def test_the_command_line_starts_without_torch() -> None:
 
 
 def test_spec_and_errors_need_the_standard_library_alone() -> None:
-    code = "import sys; sys.path.insert(0, 'handlers'); import handlerlib.spec, handlerlib.errors"
+    code = (
+        "import sys; sys.path.insert(0, 'handlers'); import handlerlib.spec, handlerlib.engine_spec, handlerlib.errors"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )

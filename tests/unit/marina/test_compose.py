@@ -265,7 +265,7 @@ def test_the_gateway_gets_every_setting_that_haproxy_cfg_knows() -> None:
     text = (ROOT / "deploy" / "gateway" / "haproxy.cfg").read_text()
     known = {line.split()[1] for line in text.splitlines() if line.strip().startswith("presetenv GATEWAY_")}
     fixed = {"GATEWAY_BIND", "GATEWAY_METRICS_BIND", "GATEWAY_INNER", "GATEWAY_CLIENTS", "GATEWAY_HEALTH_PORT",
-             "GATEWAY_RESOLVER"}  # fmt: skip
+             "GATEWAY_RESOLVER", "GATEWAY_SPLITS"}  # fmt: skip
     assert known - fixed == set(services["gateway"]["environment"]) - {"GATEWAY_UPSTREAM"}
 
 

@@ -112,9 +112,9 @@ def test_an_action_runs_inside_and_its_answer_comes_back(docker: Path) -> None:
     replica.register("m:1.0", 2)
     replica.scale("m:1.0", 3)
     assert (docker / "asked").read_text().splitlines() == [
-        "exec box marina replica status",
-        "exec box marina replica register m:1.0 2",
-        "exec box marina replica scale m:1.0 3",
+        "exec -i box marina replica status",
+        "exec -i box marina replica register m:1.0 2",
+        "exec -i box marina replica scale m:1.0 3",
     ]
 
 
@@ -134,4 +134,4 @@ def test_a_container_that_is_gone(docker: Path) -> None:
 @pytest.mark.parametrize(("action", "arguments"), [("explode", []), ("prove", []), ("scale", ["m:1.0"])])
 def test_only_known_actions_run(tmp_path: Path, action: str, arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"no action '{action}'"):
-        remote.run_action(_local(tmp_path), action, arguments)
+        remote.run_action(_local(tmp_path), action, arguments, str)

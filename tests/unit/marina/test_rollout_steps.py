@@ -3,8 +3,11 @@ keeps a list stands for one, because what is tested is what is asked of it, and 
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +15,11 @@ from marina import serving, store
 from marina.archive import Archive, sha256_of
 from marina.client import ModelStatus, WorkerStatus
 from marina.errors import ClientError, StoreError, Unreachable
+from marina.gates import Arm, GateFailed
+from marina.journal import Journal
 from marina.rollout import Rollout, Step
 from marina.serving import ModelServing, NotServed, Previous, Serving
+from marina.shadow import Shadow
 
 
 @dataclass
@@ -24,6 +30,8 @@ class Listed:
     asked: list[str]
     default: str = "2.0"
     versions: dict[str, int] = field(default_factory=lambda: {"2.0": 1})
+    alike: int = 30
+    """Of 30 inputs in a shadow."""
     fails: str = ""
     error: BaseException = field(default_factory=lambda: Unreachable("the connection broke"))
 
@@ -47,7 +55,18 @@ class Listed:
 
     def retire(self, key: str) -> None:
         self._note(f"retire {key}")
-        self.versions.pop(key.partition(":")[2], None)
+        version = key.partition(":")[2]
+        assert version != self.default or len(self.versions) == 1, "TorchServe refuses to let the default go first"
+        self.versions.pop(version, None)
+
+    def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
+        self._note(f"shadow {name} {old} {new}")
+        arm = Arm(answers=30, errors=0, latencies_ms=(5.0,) * 30)
+        return Shadow(old=arm, new=arm, alike=self.alike, compared=30, golden=30, recorded=0, live=0)
+
+    def drained(self, key: str) -> bool:
+        self._note(f"drained {key}")
+        return True
 
     def drain(self) -> None:
         self._note("drain")
@@ -96,10 +115,10 @@ def _rollout(replicas: list[Listed], folder: Path) -> Rollout:
 def test_all_hold_and_proved_it_before_one_switches_and_all_switched_before_one_retires(
     replicas: list[Listed], folder: Path, asked: list[str]
 ) -> None:
-    outcome = _rollout(replicas, folder).rollback("m")
+    outcome = _rollout(replicas, folder).rollback("m", retire=True)
     assert asked == [
         "a register m:1.0 3", "a prove m:1.0", "b register m:1.0 3", "b prove m:1.0",
-        "a default m:1.0", "b default m:1.0", "a retire m:2.0", "b retire m:2.0",
+        "a default m:1.0", "b default m:1.0", "a drained m:2.0", "b drained m:2.0", "a retire m:2.0", "b retire m:2.0",
     ]  # fmt: skip
     assert (outcome.default, outcome.previous, outcome.versions) == ("1.0", "2.0", {"1.0": 3})
     assert serving.read(folder) == Serving(
@@ -107,10 +126,203 @@ def test_all_hold_and_proved_it_before_one_switches_and_all_switched_before_one_
     )
 
 
-def test_kept_means_not_retired(replicas: list[Listed], folder: Path, asked: list[str]) -> None:
-    outcome = _rollout(replicas, folder).rollback("m", keep=True)
+def test_the_version_that_is_left_is_kept(replicas: list[Listed], folder: Path, asked: list[str]) -> None:
+    outcome = _rollout(replicas, folder).rollback("m")
     assert not any("retire" in line for line in asked)
     assert outcome.versions == {"2.0": 1, "1.0": 3}
+
+
+@pytest.fixture
+def deployable(folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive of version 3.0 outside the store, which counts as verified."""
+    path = tmp_path_factory.mktemp("outside") / "m-3.0.mar"
+    path.write_text("3.0")
+    verified = Archive(path, "m", "3.0", sha256_of(path), 3)
+    monkeypatch.setattr(Rollout, "_verify", lambda self, given: verified)
+    return path
+
+
+def test_a_deploy_tries_before_it_switches_and_keeps_one_version(
+    replicas: list[Listed], folder: Path, asked: list[str], deployable: Path
+) -> None:
+    for item in replicas:
+        item.versions["1.0"] = 3  # kept since the deploy of 2.0
+    outcome = _rollout(replicas, folder).deploy(deployable)
+    assert asked == [
+        "a register m:3.0 1", "a prove m:3.0", "b register m:3.0 1", "b prove m:3.0", "a shadow m 2.0 3.0",
+        "a default m:3.0", "b default m:3.0", "a drained m:2.0", "b drained m:2.0", "a retire m:1.0", "b retire m:1.0",
+    ]  # fmt: skip
+    assert (outcome.default, outcome.previous, outcome.versions) == ("3.0", "2.0", {"2.0": 1, "3.0": 1})
+    assert _rollout(replicas, folder).rollback("m").default == "2.0"
+
+
+def test_a_deploy_can_retire_what_it_replaces_and_keep_what_it_is_told_to(
+    replicas: list[Listed], folder: Path, deployable: Path
+) -> None:
+    for item in replicas:
+        item.versions["1.0"] = 3
+    outcome = _rollout(replicas, folder).deploy(deployable, retire=True, keep=["1.0"])
+    assert outcome.versions == {"1.0": 3, "3.0": 1}
+
+
+def test_a_failed_gate_reverts_and_says_which_and_by_how_much(
+    replicas: list[Listed], folder: Path, deployable: Path
+) -> None:
+    before = serving.read(folder)
+    replicas[0].alike = 11
+    rollout = _rollout(replicas, folder)
+    with pytest.raises(GateFailed) as failed:
+        rollout.deploy(deployable)
+    assert "m 3.0 failed the gate 'agreement' at shadow: 11 of 30 inputs got the old version's label" in str(
+        failed.value
+    )
+    assert "(36.7%), at least 80.0% must (reverted, m 2.0 is served as before)" in str(failed.value)
+    assert [item.versions for item in replicas] == [{"2.0": 1}] * 2 and serving.read(folder) == before
+    assert not (folder / "m-3.0.mar").exists()
+    assert [verdict.passed for verdict in rollout.verdicts] == [True, True, False]
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after this point runs, not even an except block's repair."""
+
+
+def _kill_at(monkeypatch: pytest.MonkeyPatch, point: int, *, written: bool) -> list[str]:
+    """Die at the journal's line number `point`, before or after it is `written`; returns the lines so far."""
+    lines: list[str] = []
+    real = Journal._append
+
+    def append(self: Journal, event: str, **fields: Any) -> None:
+        lines.append(event)
+        if len(lines) > point:
+            raise Killed
+        if len(lines) < point or written:
+            real(self, event, **fields)  # type: ignore[arg-type]
+        if len(lines) == point:
+            raise Killed
+
+    monkeypatch.setattr(Journal, "_append", append)
+    return lines
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["after the line", "before the line"])
+@pytest.mark.parametrize("action", ["deploy", "rollback", "retire", "scale"])
+def test_a_kill_anywhere_is_settled_by_the_next_command(
+    folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, action: str, written: bool
+) -> None:
+    """At every line of the journal, on two replicas: all is as before, or all is as it was meant, and the file says so."""
+    outcomes = set()
+    for point in range(1, 200):
+        store_folder = tmp_path / f"{action}-{point}"
+        shutil.copytree(folder, store_folder, ignore=shutil.ignore_patterns(f"{action}-*"))
+        versions = {"2.0": 1, "1.0": 3}
+        replicas = [Listed(name, [], versions=dict(versions)) for name in "ab"]
+        with monkeypatch.context() as patched:
+            _kill_at(patched, point, written=written)
+            try:
+                _act(_rollout(replicas, store_folder), action, deployable)
+            except Killed:
+                finished = False
+            else:
+                finished = True
+        _rollout(replicas, store_folder).recover()
+        assert Journal(store_folder).unfinished() is None
+        states = {(item.default, tuple(sorted(item.versions.items()))) for item in replicas}
+        assert len(states) == 1, (point, states)
+        ((default, found),) = states
+        held = serving.read(store_folder)
+        assert held is not None
+        assert (held.models["m"].default, tuple(sorted(held.models["m"].versions.items()))) in {
+            (default, found),
+            ("2.0", (("2.0", 1),)),  # what the file said before the rollout looked at the servers
+        }
+        assert (store_folder / "m-3.0.mar").exists() == ("3.0" in dict(found))
+        outcomes.add((default, found))
+        if finished:
+            break
+    assert finished
+    before = ("2.0", (("1.0", 3), ("2.0", 1)))
+    goals = {
+        "deploy": ("3.0", (("2.0", 1), ("3.0", 1))),
+        "rollback": ("1.0", (("1.0", 3), ("2.0", 1))),
+        "retire": ("2.0", (("2.0", 1),)),
+        "scale": ("2.0", (("1.0", 3), ("2.0", 5))),
+    }
+    between = {("3.0", (("1.0", 3), ("2.0", 1), ("3.0", 1)))} if action == "deploy" else set()
+    assert {before, goals[action]} <= outcomes <= {before, goals[action]} | between
+
+
+def _act(rollout: Rollout, action: str, archive: Path) -> None:
+    if action == "deploy":
+        rollout.deploy(archive)
+    elif action == "rollback":
+        rollout.rollback("m")
+    elif action == "retire":
+        rollout.retire("m", "1.0")
+    else:
+        rollout.scale("m", 5)
+
+
+def test_the_next_command_settles_before_it_acts(
+    replicas: list[Listed], folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        _kill_at(patched, 6, written=True)
+        with pytest.raises(Killed):
+            _rollout(replicas, folder).deploy(deployable)
+    assert "3.0" in replicas[0].versions
+    told: list[Step] = []
+    outcome = Rollout(replicas, folder, python="python3", report=told.append).scale("m", 2)
+    assert outcome.versions == {"2.0": 2} and [item.versions for item in replicas] == [{"2.0": 2}] * 2
+    assert told[0].what.startswith("a killed deploy of m (at: ") and told[0].what.endswith("is taken back")
+
+
+def test_a_killed_rollout_can_be_left_as_it_is(
+    replicas: list[Listed], folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        _kill_at(patched, 10, written=True)
+        with pytest.raises(Killed):
+            _rollout(replicas, folder).deploy(deployable)
+    seen = dict(replicas[0].versions)
+    assert "left as it is" in _rollout(replicas, folder).recover(as_it_is=True)
+    held = serving.read(folder)
+    assert held is not None and held.models["m"].versions == seen
+    assert _rollout(replicas, folder).recover() == ""
+
+
+def test_a_replica_that_cannot_be_settled_keeps_the_journal_open(
+    replicas: list[Listed], folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        _kill_at(patched, 6, written=True)
+        with pytest.raises(Killed):
+            _rollout(replicas, folder).deploy(deployable)
+    replicas[0].fails = "retire"
+    with pytest.raises(ClientError, match=r"could not be settled: .*retire m:3\.0 a: the connection broke"):
+        _rollout(replicas, folder).scale("m", 2)
+    assert Journal(folder).unfinished() is not None
+    assert _rollout(replicas, folder).scale("m", 2).versions == {"2.0": 2}
+
+
+def test_a_first_version_that_fails_leaves_nothing(folder: Path, deployable: Path) -> None:
+    serving.write(folder, Serving())
+    empty = Listed("a", [], default="", versions={}, fails="prove")
+    with pytest.raises(Unreachable, match=r"\(reverted, m is not served\)"):
+        _rollout([empty], folder).deploy(deployable, workers=1)
+    assert empty.versions == {} and serving.read(folder) == Serving()
+
+
+def test_bringing_a_model_to_a_state_loads_before_it_switches_and_retires_last(
+    replicas: list[Listed], folder: Path, asked: list[str]
+) -> None:
+    replicas[1].versions["9.0"] = 1
+    target = ModelServing(default="1.0", versions={"1.0": 2})
+    _rollout(replicas, folder).bring("m", target)
+    assert asked == [
+        "a register m:1.0 2", "a prove m:1.0", "a default m:1.0", "a retire m:2.0",
+        "b register m:1.0 2", "b prove m:1.0", "b default m:1.0", "b retire m:9.0", "b retire m:2.0",
+    ]  # fmt: skip
+    assert serving.read(folder) == Serving(models={"m": target})
 
 
 @pytest.mark.parametrize("fails", ["register", "prove", "default m:1.0"])
@@ -134,7 +346,7 @@ def test_a_way_back_that_fails_too_is_said_and_does_not_stop_the_others(
             raise ClientError("it hangs")
 
     stuck = Stuck("b", asked, fails="prove")
-    with pytest.raises(Unreachable, match=r"could not be reverted: revert: unregister m:1.0 b: it hangs"):
+    with pytest.raises(Unreachable, match=r"could not be reverted: retire m:1.0 b: it hangs"):
         _rollout([replicas[0], stuck], folder).rollback("m")
     assert replicas[0].versions == {"2.0": 1}
 
@@ -166,7 +378,7 @@ def test_scaling_up_promises_after_and_down_before(replicas: list[Listed], folde
 
 def test_a_failed_scaling_goes_back_everywhere(replicas: list[Listed], folder: Path) -> None:
     replicas[1].fails = "scale"
-    with pytest.raises(Unreachable, match="has 1 workers as before"):
+    with pytest.raises(Unreachable, match=r"reverted, m 2\.0 is served as before"):
         _rollout(replicas, folder).scale("m", 4)
     assert [item.versions for item in replicas] == [{"2.0": 1}] * 2
 

@@ -1,0 +1,193 @@
+"""The gates of a rollout, on figures; and what a shadow makes of two versions' answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handlerlib import recorder
+from handlerlib.recorder import MOST_INPUTS, Recorder
+from marina import shadow
+from marina.client import Answer, Label
+from marina.errors import ConfigError, Refused, Unreachable
+from marina.gates import Arm, Gates, judge, p99, quantile_bound, require
+
+
+def _arm(errors: int = 0, answers: int = 100, ms: float = 10.0, slow: int = 0, slow_ms: float = 500.0) -> Arm:
+    return Arm(answers=answers, errors=errors, latencies_ms=(ms,) * (answers - errors - slow) + (slow_ms,) * slow)
+
+
+def _failed(old: Arm, new: Arm, agreement: tuple[int, int] | None = None, **gates: Any) -> list[str]:
+    return [verdict.gate for verdict in judge(Gates(**gates), "shadow", old, new, agreement) if not verdict.passed]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "agreement", "failed"),
+    [
+        pytest.param(_arm(), _arm(), (100, 100), [], id="alike"),
+        pytest.param(_arm(), _arm(errors=1), None, [], id="one in a hundred may fail"),
+        pytest.param(_arm(), _arm(errors=2), None, ["error rate"], id="two may not"),
+        pytest.param(_arm(errors=5), _arm(errors=5), None, [], id="no worse than the old version"),
+        pytest.param(_arm(), _arm(ms=21.0), None, ["p99"], id="twice as slow"),
+        pytest.param(_arm(ms=1.0), _arm(ms=10.0), None, [], id="a few milliseconds more of very little"),
+        pytest.param(_arm(), _arm(slow=1), None, [], id="one slow answer proves nothing"),
+        pytest.param(_arm(), _arm(slow=5), None, ["p99"], id="five do"),
+        pytest.param(_arm(slow=5), _arm(slow=5), None, [], id="slow answers on both sides"),
+        pytest.param(_arm(), _arm(), (79, 100), ["agreement"], id="other answers"),
+        pytest.param(_arm(), _arm(), (80, 100), [], id="enough of the same"),
+        pytest.param(_arm(), _arm(), (0, 19), [], id="too few to judge"),
+        pytest.param(_arm(answers=0), _arm(answers=0), None, [], id="nothing asked"),
+    ],
+)
+def test_which_gate_fails(old: Arm, new: Arm, agreement: tuple[int, int] | None, failed: list[str]) -> None:
+    assert _failed(old, new, agreement) == failed
+
+
+def test_the_limits_are_settings() -> None:
+    assert _failed(_arm(), _arm(errors=10), max_error_rate=0.1) == []
+    assert _failed(_arm(), _arm(ms=29.0), max_p99_ratio=3) == []
+    assert _failed(_arm(), _arm(), (1, 100), min_agreement=0) == []
+    assert _failed(_arm(), _arm(), (4, 5), min_agreement=0.9, min_compared=5) == ["agreement"]
+
+
+def test_the_error_names_gate_stage_and_figures() -> None:
+    verdicts = judge(Gates(), "canary 5 %", _arm(), _arm(errors=30))
+    with pytest.raises(Exception, match=r"m 2\.0 failed the gate 'error rate' at canary 5 %: 30 of 100") as failed:
+        require("m", "2.0", verdicts)
+    assert "at most 1.00% may; the old version: 0 of 100" in str(failed.value)
+
+
+def test_bounds_enclose_the_quantile() -> None:
+    values = [float(number) for number in range(1, 1001)]
+    assert p99(values) == 990
+    assert quantile_bound(values, 0.99, upper=False) == 984 and quantile_bound(values, 0.99, upper=True) == 996
+    assert quantile_bound([7.0], 0.99, upper=False) == quantile_bound([7.0], 0.99, upper=True) == 7.0
+
+
+# -------------------------------------------------------------------------------------------------------------- shadow
+
+
+class _Versions:
+    """Answers by version: a label, or an error."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, bytes]] = []
+
+    def __enter__(self) -> _Versions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def predict(self, name: str, data: bytes, *, version: str, top_k: int) -> Answer:
+        self.asked.append((version, data))
+        found = self.answers[version]
+        found = found.get(data, "cat") if isinstance(found, dict) else found
+        if isinstance(found, Exception):
+            raise found
+        label = Label(label=found, index=0, probability=1.0)
+        return Answer(model=name, version=version, request_id="", predictions=((label,),))
+
+
+def _compare(
+    monkeypatch: pytest.MonkeyPatch, old: Any, new: Any, inputs: list[bytes]
+) -> tuple[shadow.Shadow, _Versions]:
+    client = _Versions({"1.0": old, "2.0": new})
+    monkeypatch.setattr(shadow, "InferenceClient", lambda *_, **__: client)
+    return shadow.compare("http://x", "m", "1.0", "2.0", golden=inputs, recorded=[], live=[]), client
+
+
+def test_each_input_is_compared_once_and_timed_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [b"a", b"b", b"c"]
+    seen, client = _compare(monkeypatch, "cat", {b"b": "dog"}, inputs)
+    assert (seen.alike, seen.compared, seen.golden) == (2, 3, 3)
+    assert seen.old.answers == seen.new.answers == 60 and len(seen.new.latencies_ms) == 60
+    counted = client.asked[4:]  # the first four warm up
+    assert [version for version, _ in counted[:8]] == ["1.0", "2.0", "2.0", "1.0"] * 2, "neither side is always first"
+    assert [data for _, data in counted[0:6:2]] == inputs
+
+
+def test_more_inputs_than_pairs_are_each_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [str(number).encode() for number in range(80)]
+    seen, _ = _compare(monkeypatch, "cat", "cat", inputs)
+    assert (seen.alike, seen.compared, seen.new.answers) == (80, 80, 80)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "errors"),
+    [
+        pytest.param("cat", Refused("failed", status=500), (0, 60), id="500"),
+        pytest.param("cat", Unreachable("broke"), (0, 60), id="no answer"),
+        pytest.param("cat", Refused("undecodable", status=422), (0, 60), id="refuses what the old version answers"),
+        pytest.param(Refused("no image", status=415), Refused("no image", status=415), (0, 0), id="a bad input"),
+        pytest.param(Refused("failed", status=503), Refused("failed", status=503), (60, 60), id="both fail"),
+    ],
+)
+def test_what_counts_as_a_failure(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any, errors: tuple[int, int]) -> None:
+    seen, _ = _compare(monkeypatch, old, new, [b"a"])
+    assert (seen.old.errors, seen.new.errors) == errors and seen.compared == 0
+
+
+def test_recorded_inputs_from_folders_files_and_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"A")
+    (folder / "deeper" / "b.jpg").write_bytes(b"B")
+    (folder / ".hidden").write_bytes(b"no")
+    lines = tmp_path / "requests.jsonl"
+    lines.write_text(json.dumps({"b64": "Qw=="}) + "\n\n" + json.dumps({"file": "photos/a.jpg"}) + "\n")
+    assert shadow.read_recorded([folder, lines, folder / "a.jpg"]) == [b"A", b"B", b"C", b"A", b"A"]
+    assert shadow.from_lines(shadow.to_lines([b"\0\xff", b""])) == [b"\0\xff", b""]
+
+
+@pytest.mark.parametrize("line", ["{", '{"b64": "?"}', '{"body": "x"}', "[]", '{"b64": "Qw==", "file": "x"}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"b64": "Qw=="}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=r"requests\.jsonl, line 2: must be"):
+        shadow.read_recorded([path])
+
+
+def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recorded inputs cannot be read"):
+        shadow.read_recorded([tmp_path / "nothing"])
+    with pytest.raises(ConfigError, match="holds no recorded inputs"):
+        shadow.read_recorded([tmp_path])
+
+
+# ---------------------------------------------------------------------------------------------------------- live inputs
+
+
+def test_a_worker_sets_inputs_aside_only_while_it_is_asked(tmp_path: Path) -> None:
+    worker = Recorder("m", "1.0", folder=tmp_path)
+    worker.offer([b"before"])
+    with shadow.asked_for(tmp_path, "m", "1.0") as folder:
+        worker._look_at = 0.0
+        worker.offer([b"one", b"two"])
+        worker.offer([b"x"] * 100)
+        worker.offer([b"y"])
+        found = sorted(path.read_bytes() for path in folder.iterdir())
+        assert len(found) == MOST_INPUTS and {b"one", b"two"} < set(found)
+        Recorder("m", "2.0", folder=tmp_path).offer([b"of another version"])
+        assert len(list(folder.iterdir())) == MOST_INPUTS
+    worker._look_at = 0.0
+    worker.offer([b"after"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sampling_ends_when_there_are_enough_or_time_is_over(tmp_path: Path) -> None:
+    assert shadow.sample(tmp_path, "m", "1.0", inputs=4, seconds=0.2) == []
+    with shadow.asked_for(tmp_path, "m", "1.0") as left_over:
+        (left_over / "old").write_bytes(b"of a killed rollout")
+        assert shadow.sample(tmp_path, "m", "1.0", inputs=4, seconds=0.2) == []
+
+
+def test_a_forgotten_folder_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "LONGEST_SECONDS", -1.0)
+    with shadow.asked_for(tmp_path, "m", "1.0") as folder:
+        Recorder("m", "1.0", folder=tmp_path).offer([b"x"])
+        assert list(folder.iterdir()) == []
