@@ -30,6 +30,10 @@ from marina.shadow import Shadow
 DRAIN_SECONDS = 120.0
 """How long requests already accepted may take before a version is taken away from under them."""
 _RETIRE_TRIES = 3
+_SCALE_TRIES = 3
+_TAKEN_AWAY = "isControlCmd"
+_END_SECONDS = 5.0
+"""For a process that TorchServe has taken from its list, before it is ended here."""
 _IDLE_LOOKS = 3
 _LOOK_SECONDS = 0.1
 _LIVE_INPUTS = 32
@@ -117,7 +121,6 @@ class LocalReplica:
         self._management.set_default(*_split(key))
 
     def scale(self, key: str, workers: int) -> None:
-        name, version = _split(key)
         found = self._require(key)
         ends = time.monotonic() + _RESTART_SECONDS
         while _dead_in_front(found):
@@ -130,15 +133,31 @@ class LocalReplica:
         with self._parking(found) as parking:
             if surplus:
                 self._settle(found, [worker.pid for worker in surplus], parking)
-            self._management.scale(name, workers, version)
+            self._scale_list(found, workers)
 
     def _begin_anew(self, found: ModelStatus, workers: int) -> None:
         """Rid TorchServe's list of an entry that has no process any more: it only takes entries away from the end, so all
         of them go, each with nothing in hand, and as many as wanted come. What waits in the queue stays there."""
         with self._parking(found) as parking:
             self._settle(found, [worker.pid for worker in found.workers if worker.ready], parking)
-            self._management.scale(found.name, 0, found.version)
-        self._management.scale(found.name, workers, found.version)
+            self._scale_list(found, 0)
+        self._scale_list(found, workers)
+
+    def _scale_list(self, found: ModelStatus, workers: int) -> None:
+        """Set the length of TorchServe's list. What goes must have nothing in hand.
+
+        TorchServe 0.12 answers 500 when a worker answers a describe request at the moment in which it is taken away
+        (BatchAggregator.handleErrorJob looks for the job twice): the entry is gone then and its process may stay.
+        """
+        for attempt in range(_SCALE_TRIES):
+            try:
+                self._management.scale(found.name, workers, found.version)
+                break
+            except Refused as error:
+                if error.status != 500 or _TAKEN_AWAY not in str(error) or attempt == _SCALE_TRIES - 1:
+                    raise
+        listed = {worker.pid for worker in self._require(f"{found.name}:{found.version}").workers}
+        _end([worker.pid for worker in found.workers if worker.pid > 0 and worker.pid not in listed])
 
     def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
         golden = golden_inputs([self._model(f"{name}:{version}").archive_file for version in (old, new)])
@@ -168,7 +187,7 @@ class LocalReplica:
                 self._management.unregister(name, version)
                 return
             found = self._require(key)
-        self._management.scale(name, workers, version)
+        self._scale_list(found, workers)
         raise TimedOut(
             f"{name} {version} is still asked for by its number, and serves on",
             remedy=f"let those clients ask without a version, then: marina retire {key}",
@@ -176,15 +195,15 @@ class LocalReplica:
 
     def _end_all_workers(self, found: ModelStatus) -> bool:
         """Whether all are ended and nothing waits for them; else one works on, for the requests that came in between."""
-        name, version, key = found.name, found.version, f"{found.name}:{found.version}"
+        key = f"{found.name}:{found.version}"
         self._wait_for_empty_queue(key)
         with self._parking(found) as parking:
             self._settle(found, [worker.pid for worker in found.workers], parking)
             # Without workers TorchServe answers 503 at once instead of queueing what unregistering would lose.
-            self._management.scale(name, 0, version)
+            self._scale_list(found, 0)
             if self._require(key).pending <= parking.unanswered():
                 return True
-        self._management.scale(name, 1, version)
+        self._scale_list(found, 1)
         return False
 
     def drain(self) -> None:
@@ -307,3 +326,15 @@ def _dead_in_front(found: ModelStatus) -> bool:
 def _split(key: str) -> tuple[str, str]:
     name, _, version = key.partition(":")
     return name, version
+
+
+def _end(pids: Sequence[int]) -> None:
+    """Make sure of these idle processes' end."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            processes.append(psutil.Process(pid))
+    _, alive = psutil.wait_procs(processes, timeout=_END_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()

@@ -83,6 +83,8 @@ class _Worker:
     base: int = 0
     """Resident bytes when it was first seen ready."""
     record: Record | None = None
+    moved: float = 0.0
+    """When it was last seen to have finished a batch."""
     seen: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """When the present batch began, when it was first seen, and the processor time used until then."""
 
@@ -219,7 +221,10 @@ class Watchdog:
             return None  # just ended: the next look tells
         if worker.stopped and stopped_before:
             return "stopped", "the process was stopped by a signal (SIGSTOP)"
-        record = worker.record = self._quarantine.record(worker.pid)
+        before, worker.record = worker.record, self._quarantine.record(worker.pid)
+        record = worker.record
+        if before is not None and record is not None and record.done != before.done:
+            worker.moved = now
         if record is not None and record.broken:
             return "gpu", record.broken
         if record is not None and record.began is not None:
@@ -228,10 +233,10 @@ class Watchdog:
             idle_for, used = now - worker.seen[1], times.user + times.system - worker.seen[2]
             idle = idle_for >= _IDLE_SECONDS and used < _IDLE_SHARE * idle_for
             age = now - record.began
-            if age > self._longest_batch(model, record, others=idle or self._others_move(model, record.began)):
+            if age > self._longest_batch(model, record, others=idle or self._others_move(model, worker)):
                 inputs = f"{len(record.marks)} input{'s' if len(record.marks) != 1 else ''}"
-                before = f"the longest batch before took {record.longest:.2f} s"
-                return "hung", f"no answer for {age:.1f} s to {inputs}; {before}"
+                longest = f"the longest batch before took {record.longest:.2f} s"
+                return "hung", f"no answer for {age:.1f} s to {inputs}; {longest}"
         worker.base = worker.base or resident
         if worker.base > self._memory > 0:
             self._tell_too_small((model.name, model.version), worker.base)
@@ -249,10 +254,11 @@ class Watchdog:
                 level="WARN",
             )
 
-    def _others_move(self, model: Guarded, began: float) -> bool:
-        """Whether another worker of this version has begun a later batch: then it is not the whole machine that is slow."""
+    def _others_move(self, model: Guarded, still: _Worker) -> bool:
+        """Whether another worker of this version has finished batches since this one's was first seen: then it is not the
+        whole machine that is slow."""
         return any(
-            worker.record is not None and (worker.record.began or 0.0) > began
+            worker is not still and worker.moved > still.seen[1]
             for (name, version, _), worker in self._workers.items()
             if (name, version) == (model.name, model.version)
         )
@@ -274,7 +280,7 @@ class Watchdog:
             self._poll.register(descriptor, select.POLLIN)
             self._by_descriptor[descriptor] = worker
             worker.pid, worker.watched, worker.gone_since = pid, descriptor, None
-            worker.told, worker.ended_by_us, worker.stopped, worker.base = True, False, False, 0
+            worker.told, worker.ended_by_us, worker.stopped, worker.base, worker.record = True, False, False, 0, None
 
     def _ended(self, worker: _Worker) -> None:
         blame = self._quarantine.ended(worker.pid)
