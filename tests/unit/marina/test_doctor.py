@@ -350,9 +350,9 @@ def test_a_group_that_hangs_or_breaks_hides_none_of_the_others(home: Home, monke
         released.wait(30)
         yield from ()
 
-    monkeypatch.setattr(examine, "SECONDS", 0.5)
+    monkeypatch.setattr(examine, "SECONDS", 4.0)
     monkeypatch.setattr(examine.host, "check", hang)
-    found = {finding.code: finding for finding in examine.examine(home, surroundings())}
+    found = examine.examine(home, surroundings())
     released.set()
-    assert "store-empty" in found
-    assert "machine" in found["server-not-ready"].cause
+    assert "store-empty" in {finding.code for finding in found}
+    assert any("checks of the machine did not end" in finding.cause for finding in found)
