@@ -134,7 +134,7 @@ class Journal:
         finally:
             os.close(descriptor)
         if created:
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
 
     def _read(self) -> list[dict[str, Any]]:
         try:
@@ -177,7 +177,8 @@ def _drop_torn_line(descriptor: int) -> None:
         os.ftruncate(descriptor, kept)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """What was created or renamed in it is still there after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

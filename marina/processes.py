@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -71,6 +72,22 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
             )
         time.sleep(0.01)
     process.wait()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and a lost terminal are KeyboardInterrupt, as Ctrl-C is: what was begun is taken back."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -136,7 +153,7 @@ def private_folder(root: Path | None = None) -> tuple[Path, int]:
         raise ServerError(f"the temp folder {base} is not a writable folder", remedy="set TMPDIR to one that is")
     _sweep(base)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    if len(os.fsencode(folder)) + len("/.ts.sock.65535") > SOCKET_PATH_LIMIT:
+    if socket_path_bytes(base) > SOCKET_PATH_LIMIT:
         folder.rmdir()
         raise ServerError(
             f"the temp folder {base} has too long a path for a Unix socket",
@@ -146,6 +163,11 @@ def private_folder(root: Path | None = None) -> tuple[Path, int]:
     fcntl.flock(lock, fcntl.LOCK_EX)
     (folder / f"{_LOCK_FILE}.new").rename(folder / _LOCK_FILE)
     return folder, lock
+
+
+def socket_path_bytes(root: Path) -> int:
+    """The longest path of a worker's socket in a `private_folder` of `root`."""
+    return len(os.fsencode(root.resolve() / f"{_PREFIX}xxxxxxxx" / ".ts.sock.65535"))
 
 
 def remove_folder(folder: Path, lock: int) -> None:

@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 FOLDER = "quarantine"
 _HEADER = struct.Struct("=QIIQQ32s")
 _REASON_AT = 64
@@ -95,6 +97,11 @@ class Quarantine:
             self._refused[found.digest] = found.marks[0]
         self._publish()
         return Blame(inputs=len(found.marks), refused=found.digest)
+
+    def ended_unseen(self) -> list[int]:
+        """Processes that left a record and are no more: a worker may end at its first request, before any look at it."""
+        numbers = (path.name.partition("-")[2] for path in self._folder.glob("worker-*"))
+        return [int(number) for number in numbers if not psutil.pid_exists(int(number))]
 
     def tidy(self) -> None:
         """Suspects that were answered, or whose time is over, are none any more."""

@@ -34,9 +34,9 @@ STORE_FOLDER = "model_store"
 ACTION_SECONDS = 900.0
 """How long one action inside a container may take; loading a large model is the longest."""
 _LIST_TRIES = 3
-_FOLDER_LABEL = "com.docker.compose.project.working_dir"
+FOLDER_LABEL = "com.docker.compose.project.working_dir"
 _PROJECT_LABEL = "com.docker.compose.project"
-_SERVICE_LABEL = "com.docker.compose.service"
+SERVICE_LABEL = "com.docker.compose.service"
 _START = "start one: marina serve on this machine, or make up for the containers"
 
 
@@ -174,8 +174,8 @@ def find_front(project: Path) -> Front | None:
 
 
 def _running(docker: str, project: Path, service: str) -> list[str]:
-    command = [docker, "ps", "--format", "{{.Names}}", "--filter", f"label={_FOLDER_LABEL}={project}"]
-    command += ["--filter", f"label={_SERVICE_LABEL}={service}"]
+    command = [docker, "ps", "--format", "{{.Names}}", "--filter", f"label={FOLDER_LABEL}={project}"]
+    command += ["--filter", f"label={SERVICE_LABEL}={service}"]
     if stack := os.environ.get("COMPOSE_PROJECT_NAME"):
         command += ["--filter", f"label={_PROJECT_LABEL}={stack}"]
     return sorted(_listed(command))

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +21,7 @@ from marina.errors import ConfigError, MarinaError
 from marina.gates import Gates
 from marina.home import find_home
 from marina.journal import Journal
+from marina.processes import interruptible
 from marina.reach import Reached, reach
 from marina.remote import Target
 from marina.replica import LocalReplica
@@ -274,22 +273,8 @@ def _rolling(
             screen.say(f"    {step.found}")
 
     rollout = Rollout(reached.replicas, reached.store, python=python, report=tell, front=reached.front, trial=trial)
-    with _interruptible():
+    with interruptible():
         yield rollout
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    def interrupt(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _done(rollout: Rollout, as_json: bool, outcome: Outcome) -> None:

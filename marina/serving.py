@@ -21,7 +21,7 @@ from marina import store as model_store
 from marina.archive import NAME_PATTERN, VERSION_PATTERN
 from marina.client import ModelStatus
 from marina.errors import ClientError, StoreError
-from marina.journal import Begun, Journal
+from marina.journal import Begun, Journal, sync_folder
 from marina.server import ServedModel
 
 SERVING_FILE = "serving.json"
@@ -179,7 +179,7 @@ def write(store: Path, serving: Serving) -> None:
         os.fsync(stream.fileno())
     partial.chmod(0o644)  # read by the server's own user in its container
     partial.replace(store / SERVING_FILE)
-    _sync_folder(store)
+    sync_folder(store)
 
 
 @contextmanager
@@ -305,11 +305,3 @@ def at_start(store: Path) -> list[ServedModel]:
             remedy=f"serve it by its name, then: marina deploy {store / str(unproved)}",
         )
     return known + model_store.to_serve(list(newest.values()))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

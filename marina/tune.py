@@ -294,7 +294,10 @@ class Stand:
         with loadgen.start(scenario, on_progress=count) as load:
             load.wait_measuring()
             longest = task.probe_seconds * scale
-            while seen[1] < longest and not (seen[1] >= _SHORTEST_SHARE * longest and seen[0] >= _ANSWERS * scale):
+            before = loop.connections if isinstance(loop, Closed) else 0  # were on their way when the measurement began
+            while (
+                seen[1] < longest and not (seen[1] >= _SHORTEST_SHARE * longest and seen[0] >= _ANSWERS * scale)
+            ) or (seen[0] <= before and seen[1] < scenario.timeout):
                 load.wait_seconds(0.25)
             load.stop()
             self._warm = True

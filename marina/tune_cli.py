@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +20,7 @@ from marina.client import ManagementClient, ModelStatus
 from marina.errors import ArchiveError, ClientError
 from marina.home import Home, find_home
 from marina.loadgen import Scenario
+from marina.processes import interruptible
 from marina.replica import LocalReplica
 from marina.screen import Screen, shown
 from marina.settings import OTHER_VARIABLES, ServeSettings
@@ -109,7 +107,7 @@ def tune_model(
         probe_seconds=probe,
     )
     runs = home.runs / "tune"
-    with only_one(runs, name), _interruptible():
+    with only_one(runs, name), interruptible():
         record = Record(runs, task, fresh=fresh)
         _introduce(screen, task, record)
         with Stand(server.management_url, server.inference_url, name, screen.note) as stand:
@@ -210,22 +208,6 @@ def _milliseconds(text: str) -> float:
     if found is None or not float(found[1]) > 0:
         raise typer.BadParameter(f"'{text}' is not a time like 50ms or 0.2s", param_hint="--p99")
     return float(found[1]) * _UNITS[found[2]]
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and a lost terminal leave the server as it was found, like Ctrl-C."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _introduce(screen: Screen, task: Task, record: Record) -> None:

@@ -156,6 +156,8 @@ class Watchdog:
     def look(self) -> None:
         """One round over all versions."""
         self._quarantine.tidy()
+        for pid in self._quarantine.ended_unseen():
+            self._blame(pid)
         for model in self._models():
             with contextlib.suppress(ClientError):
                 status = self._management.describe(model.name, model.version)
@@ -283,9 +285,12 @@ class Watchdog:
             worker.told, worker.ended_by_us, worker.stopped, worker.base, worker.record = True, False, False, 0, None
 
     def _ended(self, worker: _Worker) -> None:
-        blame = self._quarantine.ended(worker.pid)
         worker.gone_since, worker.told = time.monotonic(), worker.ended_by_us
+        self._blame(worker.pid)
         self._forget(worker)
+
+    def _blame(self, pid: int) -> None:
+        blame = self._quarantine.ended(pid)
         if blame.refused:
             self._log.note(
                 f"an input has ended a second worker and is refused with 422 from now on: sha256 {blame.refused}",

@@ -80,11 +80,6 @@ class Guard:
         self._longest = 0
         self._broken = False
 
-    def refused(self, digest: str) -> bool:
-        """Whether the input with this SHA-256 (hex) has ended two workers."""
-        self._look()
-        return digest in self._refused
-
     def working_on(self, marks: Sequence[int], digest: str = "") -> int:
         """The file says that these inputs are being worked on, until `finished`; `digest` when it is one suspect, alone.
 

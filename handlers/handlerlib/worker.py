@@ -233,7 +233,7 @@ class ModelHandler(ABC):
                 return [_alone(error, out_of_memory)]
             logger.warning("a batch of %d failed (%s) and is run again in halves", len(items), type(error).__name__)
         else:
-            return _outputs(rows, top_k)
+            return _ranked(rows, top_k)
         # Outside the handler above: the failed batch's tensors are held by the exception until it is gone.
         if out_of_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -273,7 +273,7 @@ def _per_request(requests: Sequence[payload.Request | RequestError], outputs: It
     ]
 
 
-def _outputs(rows_BK: Tensor, top_k: int) -> list[Output]:
+def _ranked(rows_BK: Tensor, top_k: int) -> list[Output]:
     ranked: list[Output] = [*answers.rank(rows_BK, top_k)]
     for row, fine in enumerate(answers.finite(rows_BK)):
         if not fine:

@@ -90,6 +90,5 @@ CODES: dict[str, int] = {
     "server-down": 7,
     "server-not-ready": 7,
     "gateway-down": 7,
-    "docker": 6,
 }
 """Code -> exit code, by the meaning that exit codes have everywhere in Marina."""

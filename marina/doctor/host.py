@@ -136,7 +136,7 @@ def _temp(temp: Path) -> Iterator[Finding]:
             remedy="set TMPDIR to one that is",
         )
         return
-    longest = len(os.fsencode(temp.resolve())) + len("/marina-xxxxxxxx/.ts.sock.65535")
+    longest = processes.socket_path_bytes(temp)
     if longest > processes.SOCKET_PATH_LIMIT:
         yield Finding(
             code="socket-path-too-long",

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import requests
 
+from marina import remote
 from marina.client import NO_RETRIES, ManagementClient, ModelStatus, Timeout
 from marina.doctor.finding import Finding
 from marina.doctor.signatures import classify
@@ -143,9 +144,8 @@ def _containers(project: Path) -> list[tuple[str, str]]:
     docker = shutil.which("docker")
     if docker is None:
         return []
-    label = "com.docker.compose"
-    form = f'{{{{.Label "{label}.service"}}}}\t{{{{.Status}}}}'
-    command = [docker, "ps", "--all", "--format", form, "--filter", f"label={label}.project.working_dir={project}"]
+    form = f'{{{{.Label "{remote.SERVICE_LABEL}"}}}}\t{{{{.Status}}}}'
+    command = [docker, "ps", "--all", "--format", form, "--filter", f"label={remote.FOLDER_LABEL}={project}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=4, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -128,8 +128,8 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     _is(
         "engine-elsewhere",
-        r"(?:falling back|falls back|plain weights answer)[^\n\"]*(?:engine|built for)|MARINA_ENGINE_FALLBACK",
-        "the archive's optimised engine does not fit this machine, so the plain weights answer: right, and slower",
+        r"the plain weights answer instead of the engine (?P<engine>\S+): (?P<why>.+) \((?!switched-off)[\w-]+\)",
+        "the plain weights answer, right and slower, because the engine {engine} does not fit this machine: {why}",
         "build it here: marina optimize ARTIFACT, then deploy the new version",
         "warning",
     ),

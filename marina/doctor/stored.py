@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from handlerlib import engine_spec
+from handlerlib.engine_spec import ENGINE_FILE, EngineSpec
+from handlerlib.errors import SpecError
 from marina import archive, model_config, serving, store
 from marina.doctor.finding import Finding
+from marina.engine import list_gpus
 from marina.errors import MarinaError, StoreError
 
 SMALL_QUEUE = 2
@@ -87,6 +92,7 @@ def _archive(path: Path, entry: Mapping[str, Any]) -> Iterator[Finding]:
         with zipfile.ZipFile(path) as packed:
             bad = packed.testzip()
             text = packed.read(model_config.CONFIG_FILE).decode() if bad is None else ""
+            engine = packed.read(ENGINE_FILE).decode() if bad is None and ENGINE_FILE in packed.namelist() else ""
     except PermissionError:
         return  # the host's checks name it
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, OSError, EOFError) as error:
@@ -102,6 +108,7 @@ def _archive(path: Path, entry: Mapping[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield from _configuration(path, text)
+        yield from _engine(path, engine)
 
 
 def _damaged(path: Path, how: str) -> Finding:
@@ -110,6 +117,24 @@ def _damaged(path: Path, how: str) -> Finding:
         cause=f"{path} is damaged: {how}",
         remedy="pack it again: marina pack ARTIFACT",
     )
+
+
+def _engine(path: Path, text: str) -> Iterator[Finding]:
+    """Whether the optimised engine in the archive can serve here."""
+    if not text:
+        return
+    try:
+        spec = EngineSpec.from_json(text)
+        against = engine_spec.obstacle(spec, "cuda" if list_gpus(os.environ) else "cpu")
+    except SpecError as error:
+        against = engine_spec.Obstacle("spec", str(error))
+    if against is not None:
+        yield Finding(
+            code="engine-elsewhere",
+            cause=f"{path.name}: the plain weights will answer, right and slower: {against.detail}",
+            remedy="build the engine on this machine: marina optimize ARTIFACT, then deploy the new version",
+            severity="warning",
+        )
 
 
 def _configuration(path: Path, text: str) -> Iterator[Finding]:

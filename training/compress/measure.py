@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 import zlib
@@ -17,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handlerlib.loading import Engine
 from handlerlib.spec import Architecture
+from training import paired
 from training.data import Dataset
 from training.evaluate import batch_size
+from training.optimize.measure import pixels
 from training.progress import Report, Step
 from training.sources import Split
 
-_Z_95 = 1.959964
 _BLOCK_SECONDS = 0.25
 """One form's turn in a round of latency measurement; long enough to get over the change of forms."""
 
@@ -83,23 +83,15 @@ def correct(engine: Engine, dataset: Dataset, split: Split, *, threads: int, rep
 
 
 def compare(before: Tensor, after: Tensor) -> Comparison:
-    """Two results of `correct` on the same images.
-
-    The interval is that of a paired difference with half a count added to each of the four cells (Agresti & Min,
-    "Simple improved confidence intervals for comparing matched proportions", 2005), so that it is not empty when the
-    two forms never differ.
-    """
-    images = len(before)
-    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-    n, b, c = images + 2.0, lost + 0.5, won + 0.5
-    middle, error = (b - c) / n, math.sqrt((b + c) - (b - c) ** 2 / n) / n
+    """Two results of `correct` on the same images."""
+    difference = paired.lost(before, after)
     return Comparison(
         before=100 * float(before.double().mean()),
         after=100 * float(after.double().mean()),
-        loss=100 * (lost - won) / images,
-        low=100 * max(middle - _Z_95 * error, -1.0),
-        high=100 * min(middle + _Z_95 * error, 1.0),
-        images=images,
+        loss=difference.points,
+        low=difference.low,
+        high=difference.high,
+        images=len(before),
     )
 
 
@@ -130,9 +122,7 @@ def latency(
     engines: Mapping[str, Engine], shape: Architecture, *, batch: int, threads: int, rounds: int = 7
 ) -> dict[str, Latency]:
     """Time all forms in turns, so that what disturbs the machine disturbs all of them; the first is the reference."""
-    generator = torch.Generator().manual_seed(0)
-    size = (batch, shape.channels, shape.height, shape.width)
-    x_BCHW = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    x_BCHW = pixels(shape, batch)
     for engine in engines.values():
         for _ in range(3):
             engine(x_BCHW, threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from handlerlib import imaging
 from handlerlib.engine_spec import Accuracy, Precision
 from handlerlib.engines import Engine
 from handlerlib.spec import ModelSpec
-from training import pipeline
+from training import paired, pipeline
 from training.data import Sample
 from training.optimize.openvino_rungs import CALIBRATION_IMAGES
 from training.progress import Report, Step, silent
@@ -28,7 +27,6 @@ SPARE = 1.5
 """The tolerance is the largest golden difference seen times this: another processor rounds other sums."""
 _LEAST_TOLERANCE = 1e-3
 _BATCH = 32
-_Z_95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,25 +117,15 @@ def tolerance(spec: ModelSpec, precision: Precision, difference: float) -> float
 
 
 def compare(reference_NK: Tensor, candidate_NK: Tensor, targets_N: Tensor) -> Comparison:
-    """Accuracy of both on the same images, and what was lost.
-
-    The interval is for the difference of paired proportions, with half an image added to each cell of the two-by-two
-    table (Agresti and Min, Statistics in Medicine 24, 2005): it also holds where few answers differ.
-    """
-    right = reference_NK.argmax(dim=1) == targets_N
-    still = candidate_NK.argmax(dim=1) == targets_N
-    images = len(targets_N)
-    lost, gained = int((right & ~still).sum()) + 0.5, int((~right & still).sum()) + 0.5
-    total = images + 2
-    middle = (lost - gained) / total
-    deviation = math.sqrt(lost + gained - (lost - gained) ** 2 / total) / total
-    reference, accuracy = int(right.sum()) / images, int(still.sum()) / images
+    """Accuracy of both on the same images, and what was lost."""
+    right, still = reference_NK.argmax(dim=1) == targets_N, candidate_NK.argmax(dim=1) == targets_N
+    difference = paired.lost(right, still)
     return Comparison(
-        images=images,
-        reference_accuracy=reference,
-        accuracy=accuracy,
-        loss_points=100 * (reference - accuracy),
-        interval=(100 * (middle - _Z_95 * deviation), 100 * (middle + _Z_95 * deviation)),
+        images=len(targets_N),
+        reference_accuracy=float(right.double().mean()),
+        accuracy=float(still.double().mean()),
+        loss_points=difference.points,
+        interval=(difference.low, difference.high),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from handlerlib import cores
 from handlerlib.engine_spec import Measurement
 from handlerlib.engines import Engine
-from handlerlib.spec import ModelSpec
+from handlerlib.spec import Architecture, ModelSpec
 
 _FEWEST_TURNS = 3
 
@@ -36,7 +36,7 @@ def times(
 def _measure(
     engine: Engine, reference: Engine, spec: ModelSpec, batch: int, threads: int, seconds: float
 ) -> Measurement:
-    x_BCHW = pixels(spec, batch)
+    x_BCHW = pixels(spec.architecture, batch)
     sides = (engine, reference)
     took: tuple[list[float], list[float]] = ([], [])
     calls = []
@@ -52,9 +52,8 @@ def _measure(
     return Measurement(batch=batch, threads=threads, milliseconds=mine, reference_milliseconds=theirs)
 
 
-def pixels(spec: ModelSpec, batch: int) -> Tensor:
+def pixels(shape: Architecture, batch: int) -> Tensor:
     """uint8 `[batch, C, H, W]`, random and always the same, laid out as decoders leave them: channels side by side."""
-    shape = spec.architecture
     draw = torch.Generator().manual_seed(0)
     x_BHWC = torch.randint(
         0, 256, (batch, shape.height, shape.width, shape.channels), dtype=torch.uint8, generator=draw

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from handlerlib.engine_spec import ENGINE_FOLDER
 from handlerlib.engines import import_openvino
 from handlerlib.spec import ModelSpec
-from training.errors import RecipeError
 
 MODEL_FILE = f"{ENGINE_FOLDER}/model.xml"
 WEIGHTS_FILE = f"{ENGINE_FOLDER}/model.weights"
@@ -76,13 +75,6 @@ def write(model: Any, folder: Path) -> tuple[str, ...]:
     import_openvino().save_model(model, str(target), compress_to_fp16=False)
     target.with_suffix(".bin").replace(folder / WEIGHTS_FILE)
     return MODEL_FILE, WEIGHTS_FILE
-
-
-def require_packages() -> None:
-    """Raises RecipeError when openvino or nncf is not installed."""
-    for name in ("openvino", "nncf"):
-        if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"the package {name} is not installed", remedy="pip install 'marina[optimize]'")
 
 
 class _WithSoftmax(nn.Module):

@@ -151,7 +151,7 @@ def _try(job: Job) -> None:
     before, started = _pss(), time.perf_counter()
     device = torch.device(job.device)
     engine = rungs.open_engine(draft, job.folder, lambda: loading.read_network(job.artifact, spec), spec, device)
-    engine(measure.pixels(spec, 1), all_cores)
+    engine(measure.pixels(spec.architecture, 1), all_cores)
     load_seconds, memory = time.perf_counter() - started, _pss() - before
     golden_difference = judge.golden_difference(engine, spec, job.artifact, all_cores)
     reference = PlainEngine(loading.read_network(job.artifact, spec).to(device), spec.preprocess, device)

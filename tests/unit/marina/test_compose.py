@@ -13,6 +13,7 @@ from marina.compose import Published, Stack
 from marina.engine import Engine
 from marina.errors import ConfigError, NoDevice, ServerError, StoreError
 from marina.home import Home
+from marina.settings import OTHER_VARIABLES, ServeSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 HOST = Engine(
@@ -267,6 +268,13 @@ def test_the_gateway_gets_every_setting_that_haproxy_cfg_knows() -> None:
     fixed = {"GATEWAY_BIND", "GATEWAY_METRICS_BIND", "GATEWAY_INNER", "GATEWAY_CLIENTS", "GATEWAY_HEALTH_PORT",
              "GATEWAY_RESOLVER", "GATEWAY_SPLITS"}  # fmt: skip
     assert known - fixed == set(services["gateway"]["environment"]) - {"GATEWAY_UPSTREAM"}
+
+
+def test_the_server_knows_every_setting_that_it_gets() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    given = {name for name in services["torchserve"]["environment"] if name.startswith("MARINA_")}
+    names = {f"MARINA_{name.upper()}" for name in ServeSettings.model_fields} | set(OTHER_VARIABLES)
+    assert given <= names
 
 
 @pytest.mark.parametrize("service", yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"])

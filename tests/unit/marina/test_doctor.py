@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import socket
 import stat
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,14 @@ from pathlib import Path
 import pytest
 
 from marina import gateway, processes
+from marina.archive import sha256_of
 from marina.doctor import examine, host, signatures, stored
 from marina.doctor.finding import CODES, Finding
+from marina.errors import ConfigError
 from marina.home import Home
+from support.artifacts import write_artifact
 from support.commands import project
+from support.engines import write_torch_engine
 
 SOUND = """\
 minWorkers: 1
@@ -48,16 +54,16 @@ def on_host(home: Home, **changes: str) -> dict[str, Finding]:
     return {finding.code: finding for finding in host.check(machine)}
 
 
-def put(home: Home, name: str, version: str, config: str = SOUND, *, file: str = "") -> Path:
+def put(home: Home, name: str, version: str, config: str = SOUND, *, file: str = "", engine: str = "") -> Path:
     """An archive with its line in the index."""
     path = home.store / (file or f"{name}-{version}.mar")
     with zipfile.ZipFile(path, "w") as packed:
         packed.writestr("model-config.yaml", config)
         packed.writestr("weights.safetensors", b"0" * 4096)
+        if engine:
+            packed.writestr("engine.json", engine)
     index = home.store / "index.json"
     value = json.loads(index.read_text()) if index.exists() else {"schema": 1, "archives": {}}
-    from marina.archive import sha256_of
-
     value["archives"][path.name] = {
         "name": name, "version": version, "sha256": sha256_of(path), "bytes": path.stat().st_size,
     }  # fmt: skip
@@ -205,6 +211,16 @@ def test_a_flipped_byte_and_a_cut_file(home: Home) -> None:
     assert in_store(home)["model-not-in-store"].severity == "warning"
 
 
+def test_an_engine_that_was_built_for_another_machine(home: Home) -> None:
+    built = write_torch_engine(write_artifact(home.root / "artifacts"))
+    put(home, "m", "1.0", engine=built.to_json())
+    assert in_store(home) == {}
+    elsewhere = dataclasses.replace(built, built_for=dataclasses.replace(built.built_for, machine="riscv64"))
+    put(home, "m", "1.0", engine=elsewhere.to_json())
+    found = in_store(home)["engine-elsewhere"]
+    assert "m-1.0.mar" in found.cause and "riscv64" in found.cause and found.severity == "warning"
+
+
 def test_what_is_to_be_served_must_be_there(home: Home) -> None:
     put(home, "m", "1.0")
     wanted = {"models": {"m": {"default": "1.1", "versions": {"1.0": 1, "1.1": 1}, "previous": None}}}
@@ -301,6 +317,17 @@ def test_the_same_inside_a_log_of_ours(code: str, line: str) -> None:
     assert finding.code == code, finding
 
 
+def test_an_engine_that_does_not_fit_is_told_and_one_that_is_switched_off_is_not() -> None:
+    line = (
+        STOCK + "x 1.0: the plain weights answer instead of the engine openvino-int8: "
+        "this processor lacks avx512_vnni ({reason})"
+    )
+    (found,) = signatures.in_log([line.format(reason="cpu-feature")])
+    assert (found.code, found.severity) == ("engine-elsewhere", "warning")
+    assert "openvino-int8" in found.cause and "this processor lacks avx512_vnni" in found.cause
+    assert list(signatures.in_log([line.format(reason="switched-off")])) == []
+
+
 def test_worker_died_is_never_the_last_word() -> None:
     died = "2026 [ERROR] W-9000-m_1.0 org.pytorch.serve.wlm.WorkerThread - Backend worker process died."
     (alone,) = signatures.in_log([died])
@@ -326,8 +353,6 @@ def test_a_quiet_log_betrays_nothing() -> None:
 
 
 def test_an_unreadable_log_is_an_error_of_its_own(tmp_path: Path) -> None:
-    from marina.errors import ConfigError
-
     with pytest.raises(ConfigError, match="cannot be read"):
         examine.read_log(tmp_path / "absent.log")
 
@@ -342,8 +367,6 @@ def test_at_least_twenty_five_faults_have_a_name() -> None:
 
 
 def test_a_group_that_hangs_or_breaks_hides_none_of_the_others(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     released = threading.Event()
 
     def hang(_: object) -> Iterator[Finding]:

@@ -72,7 +72,6 @@ def test_the_second_kill_is_one_inputs_own_and_refuses_it(quarantine: Quarantine
     assert (first.inputs, first.refused) == (2, "")
     second = quarantine.ended(_die_at(tmp_path, [GOOD, POISON], POISON))
     assert second.inputs == 1 and len(second.refused) == 64
-    assert guard.refused(second.refused)
     good, poison = guard.run([GOOD, POISON], _lengths)
     assert good == 400
     assert isinstance(poison, UnprocessableInput) and poison.status == 422 and "ended two workers" in str(poison)
@@ -158,3 +157,13 @@ def test_without_a_supervisor_nothing_is_written(tmp_path: Path, monkeypatch: py
     found = worker_side.guard()
     assert isinstance(found, Unguarded) and found.run([GOOD], _lengths) == [400]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_ended_before_anybody_looked_is_found(
+    quarantine: Quarantine, guard: Guard, tmp_path: Path
+) -> None:
+    guard.run([GOOD], _lengths)
+    gone = _die_at(tmp_path, [POISON], POISON)
+    assert quarantine.ended_unseen() == [gone], "this process lives"
+    assert quarantine.ended(gone).inputs == 1
+    assert quarantine.ended_unseen() == []

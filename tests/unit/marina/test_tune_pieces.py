@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,8 @@ from marina import model_config
 from marina.errors import ArchiveError, ConfigError
 from marina.load_payloads import Load
 from marina.load_stats import Interval
-from marina.loadgen import Payload
-from marina.tune import Candidate, Record, Task, default_workers, only_one
+from marina.loadgen import Closed, Payload
+from marina.tune import Candidate, Record, Stand, Task, default_workers, only_one
 from marina.tune_config import next_version, tuned_text
 from marina.tune_search import Outcome, OutOfTime, Probe, Setting, Space, search
 from support.simulated_server import Machine
@@ -151,3 +155,34 @@ def test_a_setting_that_fails_requests_is_never_chosen() -> None:
 def test_where_nothing_meets_the_objective_there_is_no_best() -> None:
     outcome = search(SPACE, START, MACHINE.probe, 0.5)
     assert outcome.best is None and outcome.complete
+
+
+class _Slow(BaseHTTPRequestHandler):
+    """Every answer takes longer than the measurement is meant to."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(1.5)
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_measurement_lasts_until_there_is_an_answer() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        stand = Stand(url, url, "m", print)
+        stand._warm = True  # no long search for steadiness
+        result = stand._run(dataclasses.replace(task(), probe_seconds=0.1), Closed(connections=2), 1.0)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.latency is not None and result.good >= 1 and result.failed == 0
