@@ -14,11 +14,13 @@ from handlerlib.errors import MarinaError
 from marina import (
     archive_cli,
     bench_cli,
+    compare_cli,
     compose_cli,
     compress_cli,
     doctor_cli,
     optimize_cli,
     rollout_cli,
+    search_cli,
     serving_cli,
     training_cli,
     tune_cli,
@@ -40,6 +42,8 @@ app = typer.Typer(
 
 for commands in (
     training_cli,
+    compare_cli,
+    search_cli,
     archive_cli,
     serving_cli,
     rollout_cli,

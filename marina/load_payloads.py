@@ -15,6 +15,7 @@ from marina.errors import ArchiveError, ConfigError
 from marina.loadgen import Check, Payload
 
 DEFAULT_TYPE = "application/octet-stream"
+TEXT_TYPE = "text/plain"
 _MOST_BYTES = 1 << 30
 """All bodies together: they stay in memory."""
 
@@ -80,7 +81,7 @@ def from_archive(path: Path) -> Load:
         {"expected": [sample.probabilities for sample in spec.golden.samples], "tolerance": tolerance},
     )
     payloads = tuple(
-        Payload(body=body, content_type=DEFAULT_TYPE, name=sample.file)
+        Payload(body=body, content_type=DEFAULT_TYPE if spec.text is None else TEXT_TYPE, name=sample.file)
         for body, sample in zip(bodies, spec.golden.samples, strict=True)
     )
     return Load(

@@ -17,7 +17,7 @@ from typing import Any
 
 REAL_STDOUT = sys.stdout
 POISON = bytes(range(256))
-"""No format's first bytes: a handler must refuse it, and it alone."""
+"""No format's first bytes and no UTF-8: a handler must refuse it, and it alone."""
 
 
 def main(model_dir: Path, batch_size: int) -> dict[str, Any]:
@@ -58,26 +58,28 @@ def replay(service: Any, model_dir: Path, batch_size: int) -> dict[str, Any]:
     spec = json.loads((model_dir / "model_spec.json").read_text(encoding="utf-8"))
     samples = [(model_dir / sample["file"]).read_bytes() for sample in spec["golden"]["samples"]]
     classes = len(spec["labels"])
-    alone = [answer(service, [sample], classes)[0] for sample in samples]
+    kind = "text/plain" if spec.get("text") else "application/octet-stream"
+    alone = [answer(service, [sample], classes, kind)[0] for sample in samples]
     poison_at = batch_size // 2
     order = [index % len(samples) for index in range(batch_size)]
     bodies = [POISON if position == poison_at else samples[index] for position, index in enumerate(order)]
-    return {"alone": alone, "batch": answer(service, bodies, classes), "order": order, "poison_at": poison_at}
+    together = answer(service, bodies, classes, kind)
+    return {"alone": alone, "batch": together, "order": order, "poison_at": poison_at}
 
 
-def answer(service: Any, bodies: list[bytes], top_k: int) -> list[dict[str, Any]]:
+def answer(service: Any, bodies: list[bytes], top_k: int, content_type: str) -> list[dict[str, Any]]:
     """What a client of each body would get: status, content type, body."""
     from ts.service import Service
 
     headers = [
-        {"name": b"Content-Type", "value": b"application/octet-stream"},
+        {"name": b"Content-Type", "value": content_type.encode()},
         {"name": b"X-Top-K", "value": str(top_k).encode()},
     ]
     batch = [
         {
             "requestId": f"verify-{index}".encode(),
             "headers": headers,
-            "parameters": [{"name": "body", "contentType": "application/octet-stream", "value": bytearray(body)}],
+            "parameters": [{"name": "body", "contentType": content_type, "value": bytearray(body)}],
         }
         for index, body in enumerate(bodies)
     ]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marina import store
+from marina import scoring, scoring_view, store
 from marina.home import Home, find_home
 from marina.progress import ProgressReporter
 from marina.screen import Screen, shown
+
+if TYPE_CHECKING:  # it comes with torch, which takes seconds
+    from training.evaluate import Evaluation
+    from training.html_report import Subject
+    from training.scoring import Questions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Overrides = Annotated[
@@ -29,18 +34,39 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's short name (digits, folder, ...) or path.")],
     overrides: Overrides = None,
     again: Annotated[bool, typer.Option("--again", help="Train even when the same run is already finished.")] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Train in this many processes: cores of a CPU, or a GPU each.")
+    ] = 1,
+    restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="How often to go on from the checkpoint when one is killed.")
+    ] = 3,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe, evaluate it on the test split and export the artifact. Ctrl-C, then the same command, resumes."""
+    """Train a recipe, evaluate it on the test split and export the artifact. Ctrl-C, then the same command, resumes.
+
+    Over several machines: torchrun --nnodes ... -m marina train RECIPE, with the project folder on all of them.
+    """
     from training import config
 
     screen, home = Screen(as_json), find_home()
     resolved = config.load_recipe(recipe, overrides or [])
 
-    from training import pipeline  # after the recipe is known to be good: importing torch takes seconds
+    from training import distributed, distributed_launch, pipeline  # importing torch takes seconds: after the recipe
+    from training.errors import PeerFailed
 
     with ProgressReporter(screen.err) as report:
-        trained = pipeline.train(resolved, runs=home.runs, artifacts=home.artifacts, report=report, again=again)
+        folders = {"runs": home.runs, "artifacts": home.artifacts}
+        if processes > 1 and not distributed.launched():
+            trained = distributed_launch.train(
+                resolved, processes=processes, restarts=restarts, report=report, again=again, **folders
+            )
+        else:
+            try:
+                trained = pipeline.train(resolved, report=report, again=again, **folders)
+            except PeerFailed:
+                raise typer.Exit(0) from None
+    if distributed.follows():
+        return
     screen.result(
         {
             "run": str(trained.run),
@@ -56,24 +82,49 @@ def train(
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run or artifact: a folder, NAME or NAME:VERSION.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="A run or artifact: a folder, NAME or NAME:VERSION. With --url: a served NAME[:VERSION]."),
+    ],
     root: Annotated[
         str | None, typer.Option("--root", help="Where the data lies, if not where it was in training.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Score on this folder instead of the test split: one folder per class, or a .zip."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Score what is served there, e.g. http://127.0.0.1:8080.")
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option("--key-file", envvar="MARINA_KEY_FILE", help="The gateway's key, e.g. secrets/inference.key."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="With --url: requests at once.")] = 8,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="With --url: ask the artifact here the same (on).")
+    ] = True,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with figures, plots and mistakes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run or an artifact on its test split again."""
-    from training import pipeline
-
+    """Score a run or an artifact on its test split or other labelled data, or a served model by the same code."""
     screen, home = Screen(as_json), find_home()
-    with ProgressReporter(screen.err) as report:
-        found = pipeline.evaluate(_run_or_artifact(home, target), report=report, root=root)
-    per_class = [dataclasses.asdict(row) for row in found.per_class]
-    screen.result(
-        {"metrics": found.metrics, "labels": found.labels, "per_class": per_class, "confusion": found.confusion}
+    if url is None:
+        _evaluate_here(screen, _run_or_artifact(home, target), root, data, report_file)
+        return
+    name, _, version = target.partition(":")
+    options = scoring.Options(
+        name=name,
+        version=version or None,
+        folder=data,
+        root=root,
+        concurrency=concurrency,
+        compare=compare,
+        report=report_file,
     )
-    _show_metrics(screen, found.metrics, "test split")
-    screen.table(list(per_class[0]), [list(row.values()) for row in per_class])
+    _evaluate_served(screen, home, url, key_file, options)
 
 
 def export(
@@ -88,6 +139,58 @@ def export(
     artifact = pipeline.export(folder, artifacts=home.artifacts)
     screen.result({"artifact": str(artifact)})
     screen.say(f"artifact  {shown(artifact)}")
+
+
+def _evaluate_here(screen: Screen, target: Path, root: str | None, data: Path | None, report_file: Path | None) -> None:
+    from training import pipeline
+
+    with ProgressReporter(screen.err) as report:
+        asked = pipeline.questions(target, report=report, root=root, folder=data)
+        found = pipeline.evaluate_on(target, asked, report=report)
+    if report_file is not None:
+        _write_report(report_file, pipeline.subject(target, asked), found, asked)
+    screen.result(_figures(found) | _reported(report_file))
+    _show_metrics(screen, found.metrics, asked.what)
+    _show_classes(screen, found)
+    if report_file is not None:
+        screen.say(f"report    {shown(report_file)}")
+
+
+def _evaluate_served(screen: Screen, home: Home, url: str, key_file: Path | None, options: scoring.Options) -> None:
+    with scoring.open_client(url, key_file) as client, ProgressReporter(screen.err) as report:
+        score = scoring.score(client, options, home, report)
+    if options.report is not None:
+        _write_report(options.report, scoring_view.subject(score, url), score.evaluation, score.asked)
+    screen.result(scoring_view.fields(score, url) | _figures(score.evaluation) | _reported(options.report))
+    scoring_view.show(screen, score, url)
+    _show_classes(screen, score.evaluation)
+    if options.report is not None:
+        screen.say(f"report    {shown(options.report)}")
+    against = scoring_view.against(score, url)
+    if against is not None:
+        screen.end_with(against)
+
+
+def _write_report(path: Path, subject: Subject, found: Evaluation, asked: Questions) -> None:
+    from training import html_report
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html_report.write(path, subject, found, asked.read())
+
+
+def _reported(path: Path | None) -> dict[str, str]:
+    return {} if path is None else {"report": str(path)}
+
+
+def _figures(found: Evaluation) -> dict[str, Any]:
+    per_class = [dataclasses.asdict(row) for row in found.per_class]
+    return {"metrics": found.metrics, "labels": found.labels, "per_class": per_class, "confusion": found.confusion}
+
+
+def _show_classes(screen: Screen, found: Evaluation) -> None:
+    per_class = [dataclasses.asdict(row) for row in found.per_class]
+    rows = [["–" if value is None else value for value in row.values()] for row in per_class]
+    screen.table(list(per_class[0]), rows)
 
 
 def _show_metrics(screen: Screen, metrics: dict[str, float], title: str) -> None:

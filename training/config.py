@@ -6,23 +6,59 @@ A recipe is a TOML file that holds only what differs from the defaults below. `l
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from handlerlib.spec import Limits, closest
+from handlerlib.spec import Limits, TextPreprocess, closest
 from training.errors import RecipeError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Source = Literal["digits", "folder", "mnist", "fashion_mnist", "cifar10"]
+Source = Literal["digits", "folder", "mnist", "fashion_mnist", "cifar10", "texts", "csv"]
+TEXT_SOURCES: tuple[Source, ...] = ("texts", "csv")
 Precision = Literal["fp32", "bf16", "fp16"]
 Optimizer = Literal["gradient_descent", "sgd", "adam", "adamw", "rmsprop", "adagrad"]
 Schedule = Literal["constant", "step", "inverse_time", "exponential", "cosine", "one_cycle", "plateau"]
 _LIMITS = Limits()
+_TEXT = TextPreprocess(buckets=1)
+# Keys that one kind of recipe has and the other refuses, so that a setting without effect is never taken for one with.
+_IMAGE_KEYS: dict[str, frozenset[str]] = {
+    "data": frozenset(["image_size", "max_side", "channels", "crop_fraction", "memory_mib"]),
+    "model": frozenset(["pretrained", "whiten"]),
+    "train": frozenset(["channels_last"]),
+    "serve": frozenset(["max_pixels"]),
+    "": frozenset(["augment", "distil"]),
+}
+_CSV_KEYS = frozenset(
+    [
+        "delimiter",
+        "columns",
+        "label_column",
+        "text_columns",
+        "class_names",
+        "train_rows",
+        "validation_rows",
+        "test_rows",
+    ]
+)
+_TEXT_KEYS: dict[str, frozenset[str]] = {
+    "data": _CSV_KEYS | {"encoding", "empty"},
+    "model": frozenset(["width", "pooling", "idf", "filters", "lengths", "naive_bayes"]),
+    "": frozenset(["text"]),
+}
 
 
 class _Section(BaseModel):
@@ -30,11 +66,12 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Where the images come from and how they are divided."""
+    """Where the images or texts come from and how they are divided."""
 
     source: Source
     root: str | None = None
-    """Folder (or .zip) of the images; needed by `folder`; where the torchvision sets are kept, `data` by default."""
+    """Folder (or .zip) of the images or of the .txt files, needed by `folder` and `texts`; the file, or the folder with
+    train.csv and test.csv, needed by `csv`; where the torchvision sets are kept, `data` by default."""
     image_size: Literal["auto"] | Annotated[int, Field(ge=4, le=1024)] = "auto"
     """Side of the network's input in pixels. auto: the images' common size when they share one of at most
     `max_side` a side, otherwise `max_side`."""
@@ -52,19 +89,91 @@ class Data(_Section):
     """Use at most this many images, evenly over splits and classes. For trials."""
     memory_mib: int = Field(default=1024, ge=0)
     """Decoded images beyond this many MiB lie in a memory-mapped file in the run folder while training."""
+    encoding: str = "utf-8"
+    """Of the texts' files."""
+    empty: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of texts of which normalisation leaves nothing."""
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    """Between the columns of `csv`."""
+    columns: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Names of the columns of a `csv` whose first row is data; left out, the first row holds the names."""
+    label_column: str = "label"
+    """The class of a row of `csv`."""
+    text_columns: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("text",)
+    """One or more, joined by a line break."""
+    class_names: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """For a `csv` that numbers its classes from 1: their names."""
+    train_rows: int = Field(default=0, ge=0)
+    """The first rows of `csv` train, the next `validation_rows` choose the epoch, the last `test_rows` are for the final
+    figures and what lies between is not used; 0 in all three: Marina divides."""
+    validation_rows: int = Field(default=0, ge=0)
+    test_rows: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _rows(self) -> Self:
+        given = (self.train_rows, self.validation_rows, self.test_rows)
+        if any(given) and not all(given):
+            raise ValueError("train_rows, validation_rows and test_rows go together: give all three or none")
+        return self
+
+
+class Text(_Section):
+    """How texts become numbers; ends in `model_spec.json` (see `handlerlib.spec.TextPreprocess` for each key)."""
+
+    html: bool = _TEXT.html
+    unicode: Literal["NFKC", "NFC", "none"] = _TEXT.unicode
+    case: Literal["fold", "lower", "keep"] = _TEXT.case
+    punctuation: Literal["space", "remove", "keep"] = _TEXT.punctuation
+    digits: Literal["keep", "zero", "remove"] = _TEXT.digits
+    stop_words: Literal["none", "english"] | Annotated[tuple[str, ...], Field(strict=False)] = "none"
+    """english: scikit-learn's list. A list of words: these."""
+    word_ngrams: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], ...], Field(strict=False)] = _TEXT.word_ngrams
+    char_ngrams: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(strict=False)] = ()
+    repeats: Literal["once", "all"] = _TEXT.repeats
+    buckets: int = Field(default=0, ge=0, le=1 << 24)
+    """0: a vocabulary of the training texts' terms instead of hashing."""
+    vocabulary_size: int = Field(default=200_000, ge=1)
+    """The most frequent terms, those in more texts first."""
+    least_texts: int = Field(default=2, ge=1)
+    """A term belongs to the vocabulary when it is in as many training texts."""
+    most_terms: int = Field(default=_TEXT.most_terms, ge=1)
+    most_characters: int = Field(default=_TEXT.most_characters, ge=1)
+
+    @model_validator(mode="after")
+    def _some_terms(self) -> Self:
+        for name in ("word_ngrams", "char_ngrams"):
+            lengths = getattr(self, name)
+            if list(lengths) != sorted(set(lengths)):
+                raise ValueError(f"{name} must be ascending: {sorted(set(lengths))}")
+        if not self.word_ngrams and not self.char_ngrams:
+            raise ValueError("word_ngrams and char_ngrams are both empty: give one length at least")
+        return self
 
 
 class Model(_Section):
     """Which network."""
 
     architecture: str
-    """A name of `handlerlib.architectures.names()`."""
+    """A name of `handlerlib.architectures.names()`, of `text_names()` for texts."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of every dropout layer; the architecture's own when left out."""
     pretrained: bool = False
     """Start from torchvision's DEFAULT weights (downloaded) wherever the shapes match."""
     whiten: bool = False
     """Start with a first convolution that whitens the training images' patches; best frozen (see `train.freeze`)."""
+    width: int = Field(default=64, ge=0, le=4096)
+    """Numbers per term of a text. 0, for embedding_bag only: one per class, so that the network is linear."""
+    pooling: Literal["mean", "length", "sum"] = "mean"
+    """For embedding_bag: a text's weights of terms are divided by their sum, by their Euclidean length, or not."""
+    idf: bool = False
+    """For embedding_bag: a term weighs ln((1 + texts) / (1 + texts with it)) + 1, of the training texts."""
+    filters: int = Field(default=128, ge=1, le=4096)
+    """For text_cnn: patterns of each length."""
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(strict=False, min_length=1)] = (2, 3, 4)
+    """For text_cnn: terms in a row that a pattern covers."""
+    naive_bayes: float = Field(default=0.0, ge=0)
+    """For embedding_bag of width 0: start as the naive Bayes classifier of the training texts with this smoothing (see
+    `training.text_start`); 0 starts at random."""
 
 
 class Stage(_Section):
@@ -138,6 +247,9 @@ class Train(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "fp32"
     """Of activations and products; weights and their sums stay float32. fp16 scales the loss and needs a GPU."""
+    compile: bool = False
+    """Let torch.compile make one program of the network: slow to start, faster steps after. It needs a compiler, and
+    draws other random numbers for dropout than the network without it."""
     channels_last: bool = False
     """Keep each pixel's channels side by side in memory: faster convolutions on most hardware."""
     validation_images: int = Field(default=0, ge=0)
@@ -200,6 +312,13 @@ class Distil(_Section):
     hint_weight: float = Field(default=1.0, ge=0)
 
 
+class Evaluate(_Section):
+    """How the trained network is judged."""
+
+    calibrate: bool = True
+    """Fit the temperature of `model_spec.json` on the validation split (see `training.calibrate`)."""
+
+
 class Serve(_Section):
     """What the served model accepts; ends in `model_spec.json`."""
 
@@ -216,6 +335,54 @@ class Serve(_Section):
         return Limits(**self.model_dump(exclude={"tolerance"}))
 
 
+class Range(_Section):
+    """The values that `marina search` may give one key: from `low` to `high`, or one of `choices`."""
+
+    low: int | float | None = None
+    """Whole numbers when both ends are whole."""
+    high: int | float | None = None
+    log: bool = False
+    """Draw evenly over orders of magnitude."""
+    step: int | float | None = None
+    """Only low, low + step, low + 2 step, ..."""
+    choices: Annotated[tuple[bool | int | float | str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.choices:
+            if (self.low, self.high, self.step, self.log) != (None, None, None, False):
+                raise ValueError("choices stand alone: leave low, high, log and step out")
+            if len(set(map(repr, self.choices))) < max(2, len(self.choices)):
+                raise ValueError("choices need two different values at least, each once")
+        elif self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError("give low and high, low being the smaller, or choices")
+        elif self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs a low above 0 and no step")
+        elif self.step is not None and not 0 < self.step <= self.high - self.low:
+            raise ValueError("step must be above 0 and fit between low and high")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether its values are whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
+
+    def holds(self, value: object) -> bool:
+        """Whether a search may choose this value."""
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, bool) or not isinstance(value, int | float) or self.low is None or self.high is None:
+            return False
+        steps = (value - self.low) / (self.step or (1 if self.whole else math.inf))
+        return self.low <= value <= self.high and math.isclose(steps, round(steps), abs_tol=1e-9)
+
+    @property
+    def extremes(self) -> tuple[bool | int | float | str, ...]:
+        """Values that are all allowed when the recipe allows the range."""
+        ends = tuple(end for end in (self.low, self.high) if end is not None)
+        return self.choices or (ends if self.whole else tuple(map(float, ends)))
+
+
 class Recipe(_Section):
     """One training, complete. Two equal recipes on the same data, code and machine give the same weights."""
 
@@ -225,17 +392,70 @@ class Recipe(_Section):
     """auto: the next free 1.N under `artifacts/<name>/`."""
     seed: int = Field(default=0, ge=0)
     data: Data
+    text: Text = Text()
+    """Of recipes for texts."""
     model: Model
     train: Train = Train()
     augment: Augment = Augment()
     distil: Distil = Distil()
+    evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
+    search: dict[str, Range] = {}
+    """What `marina search` varies, by key: `train.learning_rate = {low = 1e-4, high = 1e-1, log = true}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten_search(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("search"), dict):
+            return values | {"search": {key: _range(key, value) for key, value in _ranges(values["search"])}}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.data.source == "digits" and self.data.root is not None:
             raise ValueError("data.root: the digits come with scikit-learn, leave root out")
+        for section, keys in self._foreign().items():
+            part = getattr(self, section) if section else self
+            for key in sorted(part.model_fields_set & keys):
+                name = f"{section}.{key}" if section else key
+                raise ValueError(f"{name} is not for the source '{self.data.source}': leave it out")
+        if self.of_texts:
+            self._check_texts()
         return self
+
+    def _check_texts(self) -> None:
+        if any(stage.image_size is not None for stage in self.train.stages):
+            raise ValueError(f"train.stages.image_size is not for the source '{self.data.source}': leave it out")
+        if self.model.naive_bayes and (self.model.architecture != "embedding_bag" or self.model.width):
+            raise ValueError('model.naive_bayes needs architecture = "embedding_bag" and width = 0')
+        if self.model.architecture == "text_cnn" and not self.model.width:
+            raise ValueError("model.width: text_cnn needs at least 1")
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether it trains on texts; on images otherwise."""
+        return self.data.source in TEXT_SOURCES
+
+    @property
+    def thing(self) -> str:
+        """What messages call one of its samples."""
+        return "text" if self.of_texts else "image"
+
+    def _foreign(self) -> dict[str, frozenset[str]]:
+        """Keys by section that this kind of recipe does not have."""
+        if not self.of_texts:
+            return _TEXT_KEYS
+        return _IMAGE_KEYS if self.data.source == "csv" else _IMAGE_KEYS | {"data": _IMAGE_KEYS["data"] | _CSV_KEYS}
+
+    @model_serializer(mode="wrap")
+    def _own_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for section, keys in self._foreign().items():
+            part = values.get(section) if section else values
+            if isinstance(part, dict):
+                for key in keys:
+                    part.pop(key, None)
+        return values
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the version number, where images and teacher lie (their digests count),
@@ -245,6 +465,7 @@ class Recipe(_Section):
             "data": {"root", "memory_mib"},
             "train": {"checkpoint_minutes"},
             "distil": {"teacher"} if self.distil.teacher else True,
+            "search": True,
         }
         return self.model_dump(mode="json", exclude=aside)
 
@@ -278,8 +499,21 @@ def parse(values: Mapping[str, Any], *, where: str) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(_explain(error))
         raise RecipeError(f"{where}: {problems}", remedy="correct the recipe or the --set option") from error
-    _check_architecture(recipe.model)
+    _check_architecture(recipe)
+    _check_search(recipe, where)
     return recipe
+
+
+def changed(recipe: Recipe, changes: Mapping[str, object], *, where: str) -> Recipe:
+    """The recipe with these values at these dotted keys, and nothing to search. Raises RecipeError as `parse`."""
+    values = recipe.model_dump(mode="json", exclude={"search": True}, exclude_defaults=True)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return parse(values, where=where)
 
 
 def _find(name_or_path: str) -> Path:
@@ -391,10 +625,61 @@ def _suggest(key: str, known: list[str]) -> str:
     return f"; known here: {', '.join(beside)}" if beside else closest(key, known)
 
 
-def _check_architecture(model: Model) -> None:
+SEARCHED = ("text", "model", "train", "augment", "distil")
+"""Sections that a search may vary. The data is what the variants are compared on."""
+
+
+def _ranges(tables: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Nested tables as dotted keys; what holds no table is a range."""
+    for name, value in tables.items():
+        if isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values()):
+            yield from _ranges(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _range(key: str, value: object) -> Range:
+    """Raises ValueError naming the key: the ranges have no fixed place in a recipe to name."""
+    if isinstance(value, Range):
+        return value
+    try:
+        return Range.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("search", key, *problem["loc"][:1])))
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] in ("extra_forbidden", "model_type"):
+            text = f"a range is a table of {', '.join(Range.model_fields)}"
+        raise ValueError(f"{where}: {text}") from None
+
+
+def _check_search(recipe: Recipe, where: str) -> None:
+    """Every range is of a key that may vary, and every value in it one that the recipe takes."""
+    known = [key for key in _keys() if key.partition(".")[0] in SEARCHED and "." in key and ".N." not in key]
+    for key, choice in recipe.search.items():
+        if key not in known:
+            raise RecipeError(
+                f"{where}: search has no key '{key}'{_suggest(key, known)}",
+                remedy=f"it varies single keys of {', '.join(SEARCHED)}",
+            )
+        for value in choice.extremes:
+            changed(recipe, {key: value}, where=f"{where}: search {key} = {value}")
+
+
+def _check_architecture(recipe: Recipe) -> None:
     # Imported here: reading a recipe's text needs no torch, checking its architecture does.
     from handlerlib import architectures
 
+    model = recipe.model
+    if recipe.of_texts or model.architecture in architectures.text_names():
+        known = architectures.text_names()
+        if not recipe.of_texts or model.architecture not in known:
+            kind = "texts" if recipe.of_texts else "images"
+            raise RecipeError(
+                f"architecture '{model.architecture}' is not for {kind}{closest(model.architecture, known)}",
+                remedy=f"take one of {', '.join(known)}" if recipe.of_texts else "take one such as resnet9 or resnet18",
+            )
+        return
     if model.architecture not in architectures.names():
         own = ", ".join(architectures.names()[:6])
         raise RecipeError(

@@ -2,7 +2,8 @@
 
 Three steps, so that a run that is already finished costs only the first: `survey` reads every file once and knows its
 digest; `prepare` decodes each image once through `handlerlib.imaging`, at the network's size, and divides. Everything
-goes by content: neither the names of files nor their order nor the folder's place changes a split.
+goes by content: neither the names of files nor their order nor the folder's place changes a split. For texts,
+`training.text_data` takes the place of decoding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from handlerlib import imaging
 from handlerlib.errors import RequestError
-from handlerlib.spec import Preprocess
+from handlerlib.spec import Preprocess, TextPreprocess
+from handlerlib.text import stack
 from training.config import Recipe
 from training.errors import DataError
 from training.progress import Report, Step
@@ -89,6 +91,8 @@ class Notes:
     removed: tuple[str, ...] = ()
     """Training or validation images left out because a given test (or validation) set holds them too."""
     conflicts: tuple[Conflict, ...] = ()
+    things: str = "images"
+    """What messages call them."""
 
     def counts(self) -> dict[str, float]:
         return {
@@ -101,14 +105,14 @@ class Notes:
     def lines(self) -> Iterator[str]:
         """One sentence per kind of finding, with up to ten names."""
         if self.unreadable:
-            yield f"{len(self.unreadable)} files left out: " + _some(f"{s.name} ({s.reason})" for s in self.unreadable)
+            yield f"{len(self.unreadable)} files left out: " + some(f"{s.name} ({s.reason})" for s in self.unreadable)
         if self.removed:
-            yield f"{len(self.removed)} images left out that the test or validation set holds too: " + _some(
+            yield f"{len(self.removed)} {self.things} left out that the test or validation set holds too: " + some(
                 self.removed
             )
         if self.conflicts:
             pairs = (f"{' = '.join(c.names)} ({', '.join(c.labels)})" for c in self.conflicts)
-            yield f"{len(self.conflicts)} images appear under different labels: " + _some(pairs)
+            yield f"{len(self.conflicts)} {self.things} appear under different labels: " + some(pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +129,19 @@ class Dataset:
     """int64 class numbers."""
     rows: Mapping[Split, tuple[int, ...]]
     notes: Notes = field(default_factory=Notes)
+    text: TextPreprocess | None = None
+    """Of texts, which have neither `preprocess` nor `x_NCHW`."""
+    terms: tuple[Tensor, ...] = ()
+    """Of texts: int32 `[terms]` per row; none when only the splits were asked for."""
 
     def sizes(self) -> dict[str, int]:
         return {split: len(self.rows[split]) for split in SPLITS}
+
+    def input(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+        """What the network takes for these rows, on `device`: normalised images of that size, or numbers of terms."""
+        if self.text is not None:
+            return stack([self.terms[row] for row in rows.tolist()]).to(device)
+        return imaging.normalise(self.pixels(rows, size).to(device), self.preprocess)
 
     def pixels(self, rows: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """uint8 `[B, C, height, width]` of these rows, at the network's height and width or at `size`.
@@ -147,12 +161,12 @@ class Dataset:
 
 
 def survey(recipe: Recipe, *, threads: int, report: Report) -> Survey:
-    """Read every image of the recipe's source once. Raises DataError when they are no classification data set."""
+    """Read every image (or text) of the source once. Raises DataError when they are no classification data set."""
     offered = listing(recipe.data)
-    results = _each(_examine, offered.entries, threads=threads, phase="read", report=report)
+    results = _each(_examiner(recipe), offered.entries, threads=threads, phase="read", report=report)
     skipped = [*offered.skipped, *(result for result in results if isinstance(result, Skipped))]
     found = [result for result in results if isinstance(result, Found)]
-    _check_classes(found, offered.classes, skipped, recipe)
+    check_classes(found, offered.classes, skipped, recipe)
     if recipe.data.max_images is not None:
         found = _thin(found, recipe.data.max_images, recipe.seed)
     found.sort(key=lambda one: (one.digest, one.entry.label, one.entry.name))
@@ -169,22 +183,26 @@ def prepare(
     Pixels beyond `data.memory_mib` go to the file `store`, which the caller removes. Raises DataError when a class
     has too few readable images.
     """
+    if recipe.of_texts:
+        from training import text_data  # which builds on this module
+
+        return text_data.prepare(surveyed, recipe, report=report, keep=keep)
     preprocess = _geometry(surveyed.found, recipe)
     kept = _kept_geometry(surveyed.found, preprocess)
     images, keys, grey, x_NCHW, damaged = _decode(surveyed.found, kept, recipe, threads, report, store, keep)
-    _check_classes(images, surveyed.classes, [*surveyed.skipped, *damaged], recipe)
+    check_classes(images, surveyed.classes, [*surveyed.skipped, *damaged], recipe)
     if recipe.data.channels == "auto" and grey:
         # A grey image has three equal channels after conversion, so one of them is what conversion to grey gives.
         preprocess = replace(preprocess, channels=1, mean=preprocess.mean[:1], std=preprocess.std[:1])
         x_NCHW = x_NCHW[:, :1]
-    groups = _groups(images, keys)
-    rows, removed = _divide(images, groups, recipe)
-    _check_splits(images, rows, surveyed.classes)
+    grouped = groups(images, keys)
+    rows, removed = divide(images, grouped, recipe)
+    check_splits(images, rows, surveyed.classes)
     notes = Notes(
         unreadable=(*surveyed.skipped, *damaged),
-        duplicates=len(images) - len(groups),
+        duplicates=len(images) - len(grouped),
         removed=tuple(images[row].entry.name for row in removed),
-        conflicts=tuple(_conflicts(images, groups)),
+        conflicts=tuple(conflicts(images, grouped)),
     )
     numbers = {label: number for number, label in enumerate(surveyed.classes)}
     targets_N = torch.tensor([numbers[one.entry.label] for one in images])
@@ -193,6 +211,14 @@ def prepare(
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _examiner(recipe: Recipe) -> Callable[[Entry], Found | Skipped]:
+    if not recipe.of_texts:
+        return _examine
+    from training import text_data  # as above
+
+    return text_data.examine
 
 
 def _examine(entry: Entry) -> Found | Skipped:
@@ -349,7 +375,7 @@ def _with_statistics(dataset: Dataset) -> Preprocess:
 # ------------------------------------------------------------------------------------------------------------ dividing
 
 
-def _groups(images: Sequence[Found], keys: Sequence[bytes]) -> list[list[int]]:
+def groups(images: Sequence[Found], keys: Sequence[bytes]) -> list[list[int]]:
     """Rows of images that look the same to the network; equal files are among them."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for row, key in enumerate(keys):
@@ -357,14 +383,14 @@ def _groups(images: Sequence[Found], keys: Sequence[bytes]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _conflicts(images: Sequence[Found], groups: Sequence[Sequence[int]]) -> Iterator[Conflict]:
+def conflicts(images: Sequence[Found], groups: Sequence[Sequence[int]]) -> Iterator[Conflict]:
     for group in groups:
         labels = {images[row].entry.label for row in group}
         if len(labels) > 1:
             yield Conflict(tuple(sorted(images[row].entry.name for row in group)), tuple(sorted(labels)))
 
 
-def _divide(
+def divide(
     images: Sequence[Found], groups: Sequence[Sequence[int]], recipe: Recipe
 ) -> tuple[dict[Split, tuple[int, ...]], list[int]]:
     """Rows of each split, and rows left out. A group never lies on two sides."""
@@ -417,45 +443,55 @@ def _stratify(
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def _check_classes(images: Sequence[Found], classes: Sequence[str], skipped: Sequence[Skipped], recipe: Recipe) -> None:
+def check_classes(images: Sequence[Found], classes: Sequence[str], skipped: Sequence[Skipped], recipe: Recipe) -> None:
     """Raises DataError when there are not two classes of two images each, on each given side."""
     root = recipe.data.root or recipe.data.source
-    left_out = f"; {len(skipped)} files were left out: {_some(f'{s.name} ({s.reason})' for s in skipped)}"
+    thing, folders = recipe.thing, recipe.data.source != "csv"
+    left_out = f"; {len(skipped)} files were left out: {some(f'{s.name} ({s.reason})' for s in skipped)}"
     if not images:
         raise DataError(
-            f"{root} holds no readable image{left_out if skipped else ''}",
-            remedy="one folder of images per class is expected in it",
+            f"{root} holds no readable {thing}{left_out if skipped else ''}",
+            remedy=f"one folder of {thing}s per class is expected in it"
+            if folders
+            else "give a file with rows of data",
         )
     if len(classes) < 2:
         raise DataError(
-            f"{root} holds only one class, '{classes[0]}'", remedy="classification needs at least two class folders"
+            f"{root} holds only one class, '{classes[0]}'",
+            remedy=f"classification needs at least two {'class folders' if folders else 'classes'}",
         )
     for split in ("train", "test"):
         if any(one.entry.given == split for one in images):
-            _check_same_classes(images, classes, split, root)
+            _check_same_classes(images, classes, split, root, thing)
     counts = Counter(one.entry.label for one in images if one.entry.given in (None, "train"))
     for label in classes:
         if counts[label] < 2:
             mine = [s for s in skipped if f"{label}/" in s.name]
-            tail = f"; left out: {_some(f'{s.name} ({s.reason})' for s in mine)}" if mine else ""
+            tail = f"; left out: {some(f'{s.name} ({s.reason})' for s in mine)}" if mine else ""
             raise DataError(
                 f"class '{label}' in {root} has {counts[label] or 'no'} readable"
-                f" image{'' if counts[label] == 1 else 's'}, two are the least{tail}",
-                remedy=f"add images of '{label}' or remove its folder",
+                f" {thing}{'' if counts[label] == 1 else 's'}, two are the least{tail}",
+                remedy=f"add {thing}s of '{label}' or remove its {'folder' if folders else 'rows'}",
             )
 
 
-def _check_same_classes(images: Sequence[Found], classes: Sequence[str], split: str, root: str) -> None:
+def _check_same_classes(
+    images: Sequence[Found], classes: Sequence[str], split: str, root: str, thing: str = "image"
+) -> None:
     present = {one.entry.label for one in images if one.entry.given == split}
     missing = [label for label in classes if label not in present]
     if missing:
         raise DataError(
-            f"{root}: {split}/ has no images of {', '.join(repr(label) for label in missing)}, other folders do",
-            remedy="train/ and test/ need the same class folders, spelt alike",
+            f"{root}: {split}/ has no {thing}s of {', '.join(repr(label) for label in missing)}, other folders do"
+            if thing == "image"
+            else f"{root}: the {split} split has no texts of {', '.join(repr(label) for label in missing)}, others do",
+            remedy="train/ and test/ need the same class folders, spelt alike"
+            if thing == "image"
+            else "training and test texts need the same classes, spelt alike",
         )
 
 
-def _check_splits(images: Sequence[Found], rows: Mapping[Split, Sequence[int]], classes: Sequence[str]) -> None:
+def check_splits(images: Sequence[Found], rows: Mapping[Split, Sequence[int]], classes: Sequence[str]) -> None:
     judged: tuple[Split, ...] = ("train", "test")
     for split in judged:
         present = {images[row].entry.label for row in rows[split]}
@@ -472,7 +508,7 @@ def _check_splits(images: Sequence[Found], rows: Mapping[Split, Sequence[int]], 
         )
 
 
-def _some(names: Any, most: int = 10) -> str:
+def some(names: Any, most: int = 10) -> str:
     """The first few, and how many more."""
     listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -6,6 +6,8 @@ MarinaError                       handlerlib.errors
 │   └── RunBusy             3     another process trains the same run
 ├── DataError               4     the images cannot be used as they are
 ├── TargetError             5     not a finished run or artifact, or its files are damaged
+├── PeerFailed              1     another process of the same training failed, and says why
+├── ProcessDied             1     processes of a training died more often than they may
 └── Interrupted           130     stopped on request; the same command resumes
 """
 
@@ -55,6 +57,22 @@ class TargetError(MarinaError):
     """A folder given to evaluate or export is neither a finished run nor an artifact."""
 
     exit_code = 5
+
+
+class PeerFailed(MarinaError):
+    """Another process of the same training cannot go on; its own error is the one to show."""
+
+
+class ProcessDied(MarinaError):
+    """A process of a training was killed or broke down, more often than it may."""
+
+    def __init__(self, restarts: int, log: str) -> None:
+        times = "was not to be started again" if restarts == 0 else f"was started again {restarts} times"
+        super().__init__(
+            f"a process of the training died; the group {times}",
+            remedy="the same command goes on from the last checkpoint; was the memory enough?",
+        )
+        self.log_tail = log
 
 
 class Interrupted(MarinaError):

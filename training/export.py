@@ -24,7 +24,8 @@ import torch
 import torchvision
 from torch import nn
 
-from handlerlib import architectures, drift, imaging
+from handlerlib import architectures, drift, imaging, inputs
+from handlerlib.calibration import soften
 from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER
 from handlerlib.spec import (
     GOLDEN_FOLDER,
@@ -35,15 +36,18 @@ from handlerlib.spec import (
     GoldenSample,
     ModelSpec,
     Preprocess,
+    TextPreprocess,
 )
 from training import files
 from training.config import Recipe
 from training.data import Sample
 from training.errors import RecipeError, TargetError
 from training.evaluate import Evaluation, Prediction
+from training.html_report import REPORT_FILE
 from training.train import Weights
 
 HANDLER = "image_classifier"
+TEXT_HANDLER = "text_classifier"
 METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "MODEL_CARD.md"
@@ -86,11 +90,20 @@ def save_weights(weights: Weights, path: Path) -> None:
     files.write(path, lambda temporary: temporary.write_bytes(safetensors.torch.save(plain)))
 
 
+def require_images(spec: ModelSpec) -> None:
+    """Raises TargetError for a model that does not read images: nothing else is made smaller or faster yet."""
+    if spec.text is not None:
+        raise TargetError(
+            f"{spec.name} {spec.version} reads texts, and only models of images are made smaller or faster",
+            remedy="serve it as it is; fewer terms make a smaller one, e.g. marina train ... --set text.least_texts=2",
+        )
+
+
 def load_network(folder: Path, spec: ModelSpec) -> nn.Module:
     """The network of a run or artifact folder, on the CPU, in eval mode. Raises TargetError when the weights do not fit."""
     network = architectures.build(spec.architecture)
     try:
-        network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
+        architectures.load_weights(network, safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except Exception as error:
         raise TargetError(
             f"{folder / WEIGHTS_FILE} does not hold the weights of {SPEC_FILE}: {error}", remedy="train again"
@@ -98,15 +111,22 @@ def load_network(folder: Path, spec: ModelSpec) -> nn.Module:
     return network.eval()
 
 
-def draft_spec(recipe: Recipe, shape: Architecture, preprocess: Preprocess, labels: Sequence[str]) -> ModelSpec:
+def draft_spec(
+    recipe: Recipe,
+    shape: Architecture,
+    preprocess: Preprocess,
+    labels: Sequence[str],
+    text: TextPreprocess | None = None,
+) -> ModelSpec:
     """The spec of a run that has not been judged yet: its one golden sample is a placeholder."""
     placeholder = GoldenSample(file="", label=labels[0], probabilities=(0.0,) * len(labels))
     return ModelSpec(
         name=recipe.name,
         version=_UNPUBLISHED,
-        handler=HANDLER,
+        handler=HANDLER if text is None else TEXT_HANDLER,
         architecture=shape,
         preprocess=preprocess,
+        text=text,
         labels=tuple(labels),
         limits=recipe.serve.limits,
         golden=Golden(tolerance=recipe.serve.tolerance, samples=(placeholder,)),
@@ -123,7 +143,10 @@ def freeze(
     wanted = _choose_golden(spec.labels, evaluation.predictions)
     chosen = {sample.name: sample for sample in samples if sample.name in wanted}
     staged = [chosen[name] for name in wanted]
-    named = [(f"{GOLDEN_FOLDER}/{index}.{_extension(sample.data)}", sample) for index, sample in enumerate(staged)]
+    named = [
+        (f"{GOLDEN_FOLDER}/{index}.{_extension(sample.data) if spec.text is None else 'txt'}", sample)
+        for index, sample in enumerate(staged)
+    ]
 
     def fill(golden: Path) -> None:
         for name, sample in named:
@@ -170,10 +193,10 @@ def _choose_golden(labels: Sequence[str], predictions: Sequence[Prediction]) -> 
 
 @torch.no_grad()
 def _answer(network: nn.Module, spec: ModelSpec, sample: Sample) -> tuple[float, ...]:
-    logits_1K = network.eval()(
-        imaging.normalise(imaging.batch([sample.data], spec.preprocess, spec.limits), spec.preprocess)
-    )
-    return tuple(float(value) for value in logits_1K.softmax(dim=1)[0])
+    reading = inputs.of(spec)
+    batch = reading.stack([reading.load(sample.data)])
+    logits_1K = network.eval()(reading.network(batch, torch.device("cpu")))
+    return tuple(float(value) for value in soften(logits_1K.softmax(dim=1), spec.temperature)[0])
 
 
 def _extension(data: bytes) -> str:
@@ -232,7 +255,7 @@ def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
         }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
-        for name in (COMPRESSION_FILE, ENGINE_FILE):
+        for name in (COMPRESSION_FILE, ENGINE_FILE, REPORT_FILE):
             if (run_folder / name).exists():
                 shutil.copyfile(run_folder / name, folder / name)
         if (run_folder / ENGINE_FILE).exists():
@@ -261,19 +284,19 @@ def _run_of(artifact: Path) -> str | None:
 
 
 def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) -> str:
-    shape, recipe, sizes = spec.preprocess, came_from.recipe, came_from.splits
-    colours = "grey" if shape.channels == 1 else "RGB"
+    recipe, sizes = came_from.recipe, came_from.splits
+    thing = "image" if spec.text is None else "text"
     count = sum(sizes.values())
     lines = [
         f"# {spec.name} {spec.version}",
         "",
-        f"Assigns an image to one of {len(spec.labels)} classes. Architecture: {spec.architecture.name},"
-        f" input {colours} {shape.width}x{shape.height}.",
+        f"Assigns {'an image' if thing == 'image' else 'a text'} to one of {len(spec.labels)} classes. Architecture:"
+        f" {spec.architecture.name}, input {_input(spec)}.",
         "",
         "## Data",
         "",
-        f"Source `{recipe['data']['source']}`, {count} images: {sizes['train']} trained on, {sizes['validation']} used"
-        f" to choose {_chosen(metrics)}, {sizes['test']} held out for the figures below. No image is on two"
+        f"Source `{recipe['data']['source']}`, {count} {thing}s: {sizes['train']} trained on, {sizes['validation']} used"
+        f" to choose {_chosen(metrics)}, {sizes['test']} held out for the figures below. No {thing} is on two"
         " sides, copies included.",
         "",
         "## Figures on the test split",
@@ -285,8 +308,9 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         f"| macro recall | {metrics['test_macro_recall']:.4f} |",
         f"| macro F1 | {metrics['test_macro_f1']:.4f} |",
         f"| loss (nats) | {metrics['test_loss']:.4f} |",
+        *_confidence(spec, metrics),
         "",
-        "| class | precision | recall | F1 | images |",
+        f"| class | precision | recall | F1 | {thing}s |",
         "|---|---|---|---|---|",
         *(
             f"| {_cell(row['label'])} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} | {row['images']} |"
@@ -297,19 +321,13 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         *_ancestry(came_from.compression),
         "## What it takes",
         "",
-        f"{', '.join(imaging.FORMATS)}; at most {spec.limits.max_bytes} bytes and {spec.limits.max_pixels} pixels"
-        f" per image, {spec.limits.max_instances} images per JSON request. Images become {colours}, are"
-        f" {_resizing(shape)} to {shape.width}x{shape.height} and normalised with mean {_numbers(shape.mean)} and"
-        f" deviation {_numbers(shape.std)}.",
-        "",
-        "```",
-        f"curl -X POST -T image.jpg http://127.0.0.1:8080/predictions/{spec.name}",
-        "```",
+        *(_takes_images(spec) if spec.text is None else _takes_texts(spec, spec.text)),
         "",
         "## Limits",
         "",
-        "It knows only its classes: an image of anything else gets one of these labels too. The figures hold for images"
-        " like those of the test split; near-copies that differ in a pixel count as different images.",
+        f"It knows only its classes: {thing}s of anything else get one of these labels too. The figures hold for {thing}s"
+        f" like those of the test split; near-copies that differ in a {'pixel' if thing == 'image' else 'word'} count as"
+        f" different {thing}s.",
         "",
         "## Origin",
         "",
@@ -317,6 +335,56 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         f" `{came_from.git_revision}`, torch {came_from.versions['torch']}. All of it is in `{PROVENANCE_FILE}`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _confidence(spec: ModelSpec, metrics: Mapping[str, Any]) -> list[str]:
+    """How far probabilities may be trusted; nothing for a run that was judged before this was measured."""
+    if "test_ece" not in metrics:
+        return []
+    before = metrics.get("test_ece_uncalibrated")
+    scaled = "" if before is None else f" ({before:.4f} without the temperature {spec.temperature:g})"
+    return [f"| expected calibration error | {metrics['test_ece']:.4f}{scaled} |"]
+
+
+def _input(spec: ModelSpec) -> str:
+    if spec.text is not None:
+        return f"{spec.text.rows - 1:,} {'hashed terms' if spec.text.buckets else 'known terms'}"
+    return f"{_colours(spec)} {spec.preprocess.width}x{spec.preprocess.height}"
+
+
+def _colours(spec: ModelSpec) -> str:
+    return "grey" if spec.preprocess.channels == 1 else "RGB"
+
+
+def _takes_images(spec: ModelSpec) -> list[str]:
+    shape = spec.preprocess
+    return [
+        f"{', '.join(imaging.FORMATS)}; at most {spec.limits.max_bytes} bytes and {spec.limits.max_pixels} pixels"
+        f" per image, {spec.limits.max_instances} images per JSON request. Images become {_colours(spec)}, are"
+        f" {_resizing(shape)} to {shape.width}x{shape.height} and normalised with mean {_numbers(shape.mean)} and"
+        f" deviation {_numbers(shape.std)}.",
+        "",
+        "```",
+        f"curl -X POST -T image.jpg http://127.0.0.1:8080/predictions/{spec.name}",
+        "```",
+    ]
+
+
+def _takes_texts(spec: ModelSpec, text: TextPreprocess) -> list[str]:
+    kinds = [
+        f"{unit} in runs of {', '.join(map(str, lengths))}"
+        for unit, lengths in (("words", text.word_ngrams), ("characters", text.char_ngrams))
+        if lengths
+    ]
+    return [
+        f"Plain text in UTF-8, or in another charset that Content-Type names; at most {spec.limits.max_bytes} bytes per"
+        f" text, {spec.limits.max_instances} texts per JSON request. It looks at {' and '.join(kinds)}, the first"
+        f" {text.most_terms} of them{' without HTML' if text.html else ''}.",
+        "",
+        "```",
+        f"curl -X POST -H 'Content-Type: text/plain' -T text.txt http://127.0.0.1:8080/predictions/{spec.name}",
+        "```",
+    ]
 
 
 def _confusions(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[str]:

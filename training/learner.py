@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training import losses, networks, optimisers, stages
+from training import distributed_norm, losses, networks, optimisers, stages
 from training.config import Precision, Recipe, Train
 from training.data import Dataset
+from training.distributed import ALONE, Group
 from training.errors import RecipeError
 from training.losses import Loss
-from training.machine import choose_device, slow_precision
+from training.machine import check_compiler, choose_device, slow_precision
 from training.optimisers import Average
 from training.progress import Report, Step
 from training.stages import Phase
@@ -34,11 +35,17 @@ class Learner:
     phases: tuple[Phase, ...]
     train: Train
     device: torch.device
+    weights_K: Tensor | None = None
+    """Of the classes in the loss; None when all count the same."""
 
     @property
     def judged(self) -> nn.Module:
         """The network whose answers and weights count."""
         return self.network if self.average is None else self.average.network
+
+    def mass(self, targets_N: Tensor, rows: Tensor) -> float:
+        """What these rows count beside others: their number, or the sum of their classes' weights."""
+        return float(len(rows)) if self.weights_K is None else float(self.weights_K[targets_N[rows]].sum())
 
     def precise(self) -> torch.autocast:
         """The context in which network and loss run in the recipe's precision."""
@@ -88,7 +95,12 @@ class Learner:
 
 
 def start(
-    dataset: Dataset, recipe: Recipe, report: Report, network: nn.Module | None = None, loss: Loss | None = None
+    dataset: Dataset,
+    recipe: Recipe,
+    report: Report,
+    network: nn.Module | None = None,
+    loss: Loss | None = None,
+    group: Group = ALONE,
 ) -> Learner:
     """The learner before the first step; `network` and `loss` take the place of the recipe's own.
 
@@ -108,16 +120,21 @@ def start(
     stages.check(network, phases, shape.channels)
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    if loss is None:
-        weights_K = losses.class_weights(train, dataset)
-        loss = losses.cross_entropy(train, None if weights_K is None else weights_K.to(device))
+    if group.size > 1:
+        network = distributed_norm.synchronise(network, device)
+    average = Average(network, train.ema) if train.ema else None
+    weights_K = losses.class_weights(train, dataset) if loss is None else None
+    if train.compile:
+        check_compiler(device)
+        network.compile()
     return Learner(
         network=network,
-        average=Average(network, train.ema) if train.ema else None,
+        average=average,
         optimizer=optimisers.optimizer(network, train),
         scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        loss=loss,
+        loss=loss or losses.cross_entropy(train, None if weights_K is None else weights_K.to(device)),
         phases=phases,
         train=train,
         device=device,
+        weights_K=weights_K,
     )

@@ -21,7 +21,9 @@ def choose_device(train: Train) -> torch.device:
 
 
 def choose_threads(train: Train) -> int:
-    return train.threads or len(os.sched_getaffinity(0))
+    """The recipe's, or those that this process may use: its share of them when torchrun started several here."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    return train.threads or max(1, len(os.sched_getaffinity(0)) // beside)
 
 
 def slow_precision(train: Train, device: torch.device, capabilities: Mapping[str, object]) -> str | None:
@@ -30,6 +32,19 @@ def slow_precision(train: Train, device: torch.device, capabilities: Mapping[str
     if train.precision == "bf16" and device.type == "cpu" and capabilities.get("architecture") == "x86_64" and without:
         return "this CPU computes bf16 without instructions for it: --set train.precision=fp32 is faster here"
     return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something small for the device. Raises RecipeError with the reason when torch.compile cannot work."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        wanted = "triton" if device.type == "cuda" else "a C++ compiler such as g++, and Python's header files"
+        raise RecipeError(
+            f"train.compile: torch.compile does not work here: {reason}",
+            remedy=f"install {wanted}, or --set train.compile=false",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from handlerlib import architectures, imaging
 from handlerlib.errors import SpecError
 from handlerlib.spec import Architecture
+from training import text_start
 from training.config import Model, Recipe
 from training.data import Dataset
 from training.errors import RecipeError
@@ -24,7 +25,9 @@ _WHITE_FLOOR = 5e-4
 
 
 def architecture(dataset: Dataset, recipe: Recipe) -> Architecture:
-    """The recipe's network for this data's channels, size and classes."""
+    """The recipe's network for this data's channels, size and classes, or for its terms."""
+    if dataset.text is not None:
+        return text_start.architecture(dataset, dataset.text, recipe.model)
     shape = dataset.preprocess
     return Architecture(
         name=recipe.model.architecture,
@@ -54,6 +57,8 @@ def start(dataset: Dataset, recipe: Recipe, *, report: Report) -> nn.Module:
     network = start_network(architecture(dataset, recipe), recipe.model, recipe.seed, report=report)
     if recipe.model.whiten:
         whiten(network, dataset)
+    if dataset.text is not None:
+        text_start.prepare(network, dataset, recipe.model)
     return network
 
 

@@ -6,6 +6,7 @@ finds its own work again: finished, it is reused; interrupted, it goes on.
     recipe.json        the resolved recipe           history.jsonl         one line per epoch
     data_report.json   splits and what was left out  curves.png, confusion_matrix.png
     checkpoint.pt      position, while training      metrics.json          figures, per class, confusion matrix
+    report.html        all of it on one page
     weights.safetensors, model_spec.json, golden/, provenance.json         what `artifacts/` gets a copy of
 """
 
@@ -27,20 +28,24 @@ import torch
 
 from handlerlib.errors import SpecError
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
-from training import data, files, plots
+from training import data, distributed, files, html_report, plots, scoring
 from training import export as exporting
 from training.compress import distil
 from training.compress.distil import Teacher
-from training.config import Recipe, parse
+from training.config import Recipe, Train, parse
 from training.data import Dataset, Sample, Survey
-from training.errors import DataError, Interrupted, RunBusy, TargetError
-from training.evaluate import Evaluation
+from training.distributed import ALONE, Group
+from training.errors import DataError, Interrupted, RecipeError, RunBusy, TargetError
+from training.evaluate import Evaluation, calibrated
 from training.evaluate import evaluate as judge
 from training.export import METRICS_FILE, PROVENANCE_FILE
 from training.progress import Report, Step, silent
+from training.scoring import Questions
 from training.train import (
     CHECKPOINT,
+    HISTORY,
     Fitted,
+    Judged,
     architecture,
     choose_device,
     choose_threads,
@@ -72,28 +77,36 @@ class Trained:
 def train(recipe: Recipe, *, runs: Path, artifacts: Path, report: Report, again: bool = False) -> Trained:
     """Train, judge on the test split and export; or reuse or resume the same run from before.
 
-    `again` forgets an earlier run. Raises RecipeError, DataError, NumericFailure, or Interrupted on Ctrl-C.
+    `again` forgets an earlier run. Started by torchrun, all processes train the same run and return the same. Raises
+    RecipeError, DataError, NumericFailure, or Interrupted on Ctrl-C.
     """
     threads = choose_threads(recipe.train)
     try:
-        with reproducible(threads):
+        with distributed.joined(recipe.train) as group, reproducible(threads), contextlib.ExitStack() as held:
+            report = report if group.leads else silent
             surveyed = data.survey(recipe, threads=threads, report=report)
-            teacher = _teacher(recipe, surveyed)
-            run = runs / run_id(recipe, surveyed, threads, teacher)
-            # Asked before any work: a version that is taken must not cost a training.
-            exporting.choose_version(artifacts, recipe.name, recipe.version, run.name)
-            run.mkdir(parents=True, exist_ok=True)
-            with only_one(run):
-                if again:
-                    _empty(run)
-                reused = (run / PROVENANCE_FILE).exists()
-                files.write_text(run / RECIPE_FILE, exporting.to_json(recipe.model_dump(mode="json")))
-                if not reused:
-                    _run(recipe, surveyed, run, threads, report, teacher)
-                artifact = exporting.publish(run, artifacts, recipe.version)
-                return Trained(run, artifact, _flat(read_json(run / METRICS_FILE)), reused)
+            teacher = load_teacher(recipe, surveyed)
+            run = runs / run_id(recipe, surveyed, threads, teacher, group.size)
+            reused = group.first_does(lambda: _open(recipe, run, artifacts, again, held))
+            if not reused:
+                _run(recipe, surveyed, run, threads, report, teacher, group)
+            artifact = group.first_does(lambda: exporting.publish(run, artifacts, recipe.version))
+            return Trained(run, artifact, _flat(read_json(run / METRICS_FILE)), reused)
     except KeyboardInterrupt:
         raise Interrupted("stopped; what was saved is kept") from None
+
+
+def _open(recipe: Recipe, run: Path, artifacts: Path, again: bool, held: contextlib.ExitStack) -> bool:
+    """Make the run folder this process's own until `held` ends; whether the run is finished."""
+    # Asked before any work: a version that is taken must not cost a training.
+    exporting.choose_version(artifacts, recipe.name, recipe.version, run.name)
+    run.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_one(run))
+    # What a group that was started again finds is its own.
+    if again and not distributed.restarted():
+        _empty(run)
+    files.write_text(run / RECIPE_FILE, exporting.to_json(recipe.model_dump(mode="json")))
+    return (run / PROVENANCE_FILE).exists()
 
 
 def evaluate(target: Path, *, report: Report = silent, root: str | Path | None = None) -> Evaluation:
@@ -102,16 +115,50 @@ def evaluate(target: Path, *, report: Report = silent, root: str | Path | None =
     `root` says where the data lies now, when not where it was. Raises TargetError for another kind of folder and
     DataError when the data is not what the model was trained on.
     """
+    return evaluate_on(target, questions(target, report=report, root=root), report=report)
+
+
+def questions(
+    target: Path, *, report: Report = silent, root: str | Path | None = None, folder: Path | None = None
+) -> Questions:
+    """The test split of a run or an artifact, or what lies in `folder` by class. Raises as `evaluate`."""
+    if folder is not None:
+        asked = scoring.labelled_folder(folder)
+        scoring.check_labels(asked, load_spec(target).labels, str(target))
+        return asked
+    dataset, _ = rebuild(target, root, report)
+    return Questions("test split", len(dataset.rows["test"]), lambda: dataset.samples("test"), dataset.classes)
+
+
+def evaluate_on(target: Path, asked: Questions, *, report: Report = silent) -> Evaluation:
+    """Judge a finished run or an artifact on any samples of its classes. Raises TargetError, and RequestError for a
+    damaged sample."""
     spec = load_spec(target)
-    dataset, recipe = rebuild(target, root, report)
-    threads = choose_threads(recipe.train)
+    train = _recorded_train(target)
+    threads = choose_threads(train)
     try:
         with reproducible(threads):
-            network = exporting.load_network(target, spec).to(choose_device(recipe.train))
-            samples = dataset.samples("test")
-            return judge(network, spec, samples, total=len(dataset.rows["test"]), threads=threads, report=report)
+            network = exporting.load_network(target, spec).to(choose_device(train))
+            return judge(network, spec, asked.read(), total=asked.total, threads=threads, report=report)
     except KeyboardInterrupt:
         raise Interrupted("evaluation stopped") from None
+
+
+def subject(target: Path, asked: Questions) -> html_report.Subject:
+    """What a report about a run or an artifact says beside its figures."""
+    train = _recorded_train(target)
+    history = target / HISTORY
+    lines = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+    best = int(read_json(target / METRICS_FILE).get("best_epoch", 0))
+    training = html_report.Training(history=lines, best_epoch=best) if 0 < best <= len(lines) else None
+    return html_report.describe(
+        load_spec(target),
+        read_json(target / PROVENANCE_FILE),
+        threads=choose_threads(train),
+        device=choose_device(train).type,
+        training=training,
+        notes=[f"judged on {asked.total} samples: {asked.what}"],
+    )
 
 
 def export(run: Path, *, artifacts: Path, version: str | None = None) -> Path:
@@ -132,10 +179,11 @@ def splits(target: Path, *, root: str | Path | None = None, report: Report = sil
     return rebuild(target, root, report)[0]
 
 
-def run_id(recipe: Recipe, surveyed: Survey, threads: int, teacher: Teacher | None = None) -> str:
+def run_id(recipe: Recipe, surveyed: Survey, threads: int, teacher: Teacher | None = None, processes: int = 1) -> str:
     """`<name>-<8 hex digits>` of all that decides the result."""
     identity = {
         **({"teacher": teacher.digest} if teacher else {}),
+        **({"processes": processes} if processes > 1 else {}),
         "recipe": recipe.identity(),
         "data": surveyed.digest,
         "code": exporting.code_digest(),
@@ -150,34 +198,52 @@ def run_id(recipe: Recipe, surveyed: Survey, threads: int, teacher: Teacher | No
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def _teacher(recipe: Recipe, surveyed: Survey) -> Teacher | None:
+def load_teacher(recipe: Recipe, surveyed: Survey) -> Teacher | None:
+    """Who the recipe wants to be taught by. Raises RecipeError when that one knows other classes."""
     return distil.load_teacher(Path(recipe.distil.teacher), surveyed.classes) if recipe.distil.teacher else None
 
 
 def _run(
-    recipe: Recipe, surveyed: Survey, run: Path, threads: int, report: Report, teacher: Teacher | None = None
+    recipe: Recipe,
+    surveyed: Survey,
+    run: Path,
+    threads: int,
+    report: Report,
+    teacher: Teacher | None = None,
+    group: Group = ALONE,
 ) -> None:
     """Everything between an empty (or interrupted) run folder and a finished one."""
-    store = run / _PIXELS_FILE
+    store = run / (_PIXELS_FILE if group.leads else f"{group.rank}-{_PIXELS_FILE}")
     try:
         dataset = data.prepare(surveyed, recipe, threads=threads, report=report, store=store)
         for line in dataset.notes.lines():
             report(Step("decode", 0, 0, line))
-        files.write_text(run / DATA_REPORT_FILE, exporting.to_json(_data_report(dataset, surveyed)))
-        fitted = _fit(dataset, recipe, run, report, teacher)
+        if group.leads:
+            files.write_text(run / DATA_REPORT_FILE, exporting.to_json(_data_report(dataset, surveyed)))
+        fitted = learn(dataset, recipe, run, report, teacher, group)
     finally:
         store.unlink(missing_ok=True)
-    _finish(recipe, dataset, surveyed, fitted, run, threads, report, teacher)
+    group.first_does(lambda: _finish(recipe, dataset, surveyed, fitted, run, threads, report, teacher))
 
 
-def _fit(dataset: Dataset, recipe: Recipe, run: Path, report: Report, teacher: Teacher | None) -> Fitted:
-    """Train on the labels, or with a teacher on its answers too."""
+def learn(
+    dataset: Dataset,
+    recipe: Recipe,
+    run: Path,
+    report: Report,
+    teacher: Teacher | None = None,
+    group: Group = ALONE,
+    judged: Judged | None = None,
+) -> Fitted:
+    """Train on the labels, or with a teacher on its answers too; otherwise as `fit`."""
     if teacher is None:
-        return fit(dataset, recipe, run, report=report)
+        return fit(dataset, recipe, run, report=report, group=group, judged=judged)
+    if group.size > 1 and recipe.distil.hints:
+        raise RecipeError("distil.hints need one process", remedy="leave them out, or train without --processes")
     shape = architecture(dataset, recipe)
     student = start_network(shape, recipe.model, recipe.seed, report=report)
     learner, loss = distil.prepare(student, shape, dataset.preprocess, teacher, recipe.distil)
-    fitted = fit(dataset, recipe, run, report=report, network=learner, loss=loss)
+    fitted = fit(dataset, recipe, run, report=report, network=learner, loss=loss, group=group, judged=judged)
     return dataclasses.replace(fitted, weights=distil.student_weights(fitted.weights))
 
 
@@ -192,29 +258,43 @@ def _finish(
     teacher: Teacher | None = None,
 ) -> None:
     """Judge the best epoch and write what the artifact is made of; `provenance.json` comes last and means done."""
-    spec = exporting.draft_spec(recipe, architecture(dataset, recipe), dataset.preprocess, dataset.classes)
+    shape = architecture(dataset, recipe)
+    spec = exporting.draft_spec(recipe, shape, dataset.preprocess, dataset.classes, dataset.text)
     exporting.save_weights(fitted.weights, run / WEIGHTS_FILE)
     network = exporting.load_network(run, spec).to(choose_device(recipe.train))
+    if recipe.evaluate.calibrate:
+        held_out, size = dataset.samples("validation"), len(dataset.rows["validation"])
+        spec = calibrated(network, spec, held_out, total=size, threads=threads, report=report)
     total = len(dataset.rows["test"])
     judged = judge(network, spec, dataset.samples("test"), total=total, threads=threads, report=report)
     report(Step("export", 0, 1, ""))
     exporting.freeze(run, network.cpu(), spec, dataset.samples("test"), judged)
     title = f"{recipe.name} ({recipe.model.architecture})"
     plots.curves(fitted.history, fitted.best_epoch, run / "curves.png", title=title)
-    accuracy = f"{title}: {judged.metrics['test_accuracy']:.2%} of {total} test images"
+    accuracy = f"{title}: {judged.metrics['test_accuracy']:.2%} of {total} test {recipe.thing}s"
     plots.confusion(judged, run / "confusion_matrix.png", title=accuracy)
-    files.write_text(run / METRICS_FILE, exporting.to_json(_metrics(judged, fitted, dataset)))
+    files.write_text(run / METRICS_FILE, exporting.to_json(_metrics(judged, fitted, dataset, spec.temperature)))
     taught = None if teacher is None else {"method": "distillation", "teacher": teacher.identity()}
     origin = exporting.provenance(recipe, run.name, surveyed.digest, dataset.sizes(), taught)
+    about = html_report.describe(
+        spec,
+        dataclasses.asdict(origin),
+        threads=threads,
+        device=choose_device(recipe.train).type,
+        training=html_report.Training(history=fitted.history, best_epoch=fitted.best_epoch),
+        notes=list(dataset.notes.lines()),
+    )
+    html_report.write(run / html_report.REPORT_FILE, about, judged, dataset.samples("test"))
     files.write_text(run / PROVENANCE_FILE, origin.to_json())
     (run / CHECKPOINT).unlink(missing_ok=True)
     report(Step("export", 1, 1, ""))
 
 
-def _metrics(judged: Evaluation, fitted: Fitted, dataset: Dataset) -> dict[str, Any]:
+def _metrics(judged: Evaluation, fitted: Fitted, dataset: Dataset, temperature: float) -> dict[str, Any]:
     best = fitted.history[fitted.best_epoch - 1]
     return {
         **judged.metrics,
+        "temperature": temperature,
         **{key: value for key, value in best.items() if key.startswith("validation_")},
         **dataset.notes.counts(),
         "best_epoch": float(fitted.best_epoch),
@@ -274,8 +354,8 @@ def rebuild(
         surveyed = data.survey(recipe, threads=threads, report=report)
         if surveyed.digest != origin.get("data_digest"):
             raise DataError(
-                f"the images in {recipe.data.root or recipe.data.source} are not those that {target} was trained on:"
-                f" their digest is {surveyed.digest[:16]}, recorded is {str(origin.get('data_digest'))[:16]}",
+                f"the {recipe.thing}s in {recipe.data.root or recipe.data.source} are not those that {target} was trained"
+                f" on: their digest is {surveyed.digest[:16]}, recorded is {str(origin.get('data_digest'))[:16]}",
                 remedy="restore the data, point to the right folder, or train again",
             )
         return data.prepare(surveyed, recipe, threads=threads, report=report, store=store, keep=keep), recipe
@@ -292,6 +372,12 @@ def recorded_recipe(target: Path, origin: dict[str, Any], root: str | Path | Non
                 break
     values["data"] = dict(values["data"]) | {"root": None if root is None else str(root)}
     return parse(values, where=f"{target / PROVENANCE_FILE}")
+
+
+def _recorded_train(target: Path) -> Train:
+    """The recipe's section of a run or artifact; the usual one when it records no recipe."""
+    origin = read_json(target / PROVENANCE_FILE)
+    return recorded_recipe(target, origin, None).train if origin.get("recipe") else Train()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,27 +1,142 @@
-"""The two pictures of a run, drawn without a display."""
+"""The pictures of a run, drawn without a display.
+
+Colours are Okabe and Ito's, which people with colour-blindness can tell apart; lines differ in their dashes too.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from training import files
-from training.evaluate import Evaluation
+from training.calibrate import Bin, expected_error
+from training.evaluate import ClassMetrics, Evaluation
 
 _MOST_NUMBERED = 30
 """Classes up to which every cell of the confusion matrix shows its count."""
+_MOST_COLOURED = 10
+"""Classes up to which each has a colour of its own in ROC and PR curves; beyond it the worst five."""
+_WORST = 5
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", "-.")
 
 
-def curves(history: Sequence[dict[str, float]], best_epoch: int, path: Path, *, title: str) -> None:
+def curves(history: Sequence[Mapping[str, float]], best_epoch: int, path: Path, *, title: str) -> None:
     """Loss and accuracy of training and validation over the epochs, the chosen epoch marked."""
+    _save(_curves(history, best_epoch, title), path)
+
+
+def confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
+    """True labels down, predicted labels across; colour is the share of the true class, numbers are images."""
+    _save(_confusion(evaluation, title), path)
+
+
+def curves_png(history: Sequence[Mapping[str, float]], best_epoch: int) -> bytes:
+    """What `curves` writes, without a title."""
+    return _png(_curves(history, best_epoch, ""))
+
+
+def confusion_png(evaluation: Evaluation) -> bytes:
+    """What `confusion` writes, without a title."""
+    return _png(_confusion(evaluation, ""))
+
+
+def class_curves_png(evaluation: Evaluation) -> bytes:
+    """ROC and precision-recall curves, each class against the rest; it needs one class at least that has both sides."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    roc, recall = figure.subplots(1, 2)
+    true_N = np.array([one.label for one in evaluation.predictions])
+    judged = [(k, row) for k, row in enumerate(evaluation.per_class) if row.roc_auc is not None]
+    styles = _styles([row for _, row in judged])
+    for k, row in judged:
+        colour, dash, named = styles[row.label]
+        label = {axes: f"{_short(row.label)} ({area:.3f})" if named else None
+                 for axes, area in ((roc, row.roc_auc), (recall, row.average_precision))}  # fmt: skip
+        look = {"color": colour, "linestyle": dash, "linewidth": 1.6 if named else 0.6, "zorder": 3 if named else 2}
+        false, true, _ = roc_curve(true_N == row.label, evaluation.log_NK[:, k])
+        roc.plot(false, true, label=label[roc], **look)
+        precise, found, _ = precision_recall_curve(true_N == row.label, evaluation.log_NK[:, k])
+        recall.step(found, precise, where="post", label=label[recall], **look)
+    roc.plot([0, 1], [0, 1], color="#8a8a8a", linewidth=0.8, linestyle=":", zorder=1)
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC (area)")
+    recall.set(xlabel="recall", ylabel="precision", title="precision-recall (average precision)")
+    for axes in (roc, recall):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.grid(alpha=0.3)
+        legend = axes.legend(frameon=False, fontsize=8, loc="lower left" if axes is recall else "lower right")
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return _png(figure)
+
+
+def reliability_png(after: Sequence[Bin], before: Sequence[Bin] = ()) -> bytes:
+    """Share of right answers over their probability, with the number of answers below; `before` calibration at its left."""
+    panels = [("before", before), ("after", after)] if before else [("", after)]
+    figure = Figure(figsize=(5.4 * len(panels), 5.6), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False, height_ratios=(4, 1), sharex=True)
+    for column, (when, bins) in enumerate(panels):
+        _diagram(grid[0, column], bins, f"{when} calibration: " if when else "")
+        counts = grid[1, column]
+        counts.bar(
+            [one.low for one in bins], [one.count for one in bins], width=1 / len(bins), align="edge", color="#9db8d2"
+        )
+        counts.set(xlabel="probability of the first label", ylabel="answers", xlim=(0, 1))
+        counts.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    return _png(figure)
+
+
+def _diagram(axes: Axes, bins: Sequence[Bin], when: str) -> None:
+    filled = [one for one in bins if one.count]
+    lows, width = [one.low for one in filled], 1 / len(bins)
+    axes.bar(
+        lows, [one.accuracy for one in filled], width=width, align="edge", color="#1f5fa8", edgecolor="white",
+        label="share right",
+    )  # fmt: skip
+    axes.bar(
+        lows,
+        [one.confidence - one.accuracy for one in filled],
+        bottom=[one.accuracy for one in filled],
+        width=width,
+        align="edge",
+        color="none",
+        edgecolor="#D55E00",
+        linewidth=1,
+        hatch="//",
+        label="gap to the probability",
+    )
+    axes.plot([0, 1], [0, 1], color="#4a4a4a", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of right answers")
+    axes.set_title(f"{when}expected error {expected_error(bins):.2%}")
+    axes.legend(loc="upper left", framealpha=0.95, edgecolor="none")
+
+
+def _styles(rows: Sequence[ClassMetrics]) -> dict[str, tuple[str, str, bool]]:
+    """Colour, dashes and whether it is named, per class."""
+    worst = sorted(rows, key=lambda row: row.roc_auc or 0.0)[:_WORST]
+    named = rows if len(rows) <= _MOST_COLOURED else worst
+    looks = {
+        row.label: (_COLOURS[n % len(_COLOURS)], _DASHES[n // len(_COLOURS) % len(_DASHES)], True)
+        for n, row in enumerate(named)
+    }
+    return {row.label: looks.get(row.label, ("#c4cbd3", "-", False)) for row in rows}
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 20 else label[:19] + "…"
+
+
+def _curves(history: Sequence[Mapping[str, float]], best_epoch: int, title: str) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     epochs = [line["epoch"] for line in history]
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -36,12 +151,12 @@ def curves(history: Sequence[dict[str, float]], best_epoch: int, path: Path, *, 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.suptitle(title, parse_math=False)
-    _save(figure, path)
+    if title:
+        figure.suptitle(title, parse_math=False)
+    return figure
 
 
-def confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
-    """True labels down, predicted labels across; colour is the share of the true class, numbers are images."""
+def _confusion(evaluation: Evaluation, title: str) -> Figure:
     counts = np.array(evaluation.confusion)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(evaluation.labels)
@@ -54,7 +169,7 @@ def confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     axes = figure.subplots()
     # The root makes rare mistakes visible beside a full diagonal.
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
-    names = [label if len(label) <= 20 else label[:19] + "…" for label in evaluation.labels]
+    names = [_short(label) for label in evaluation.labels]
     tilt = 0 if max(map(len, names)) <= 3 else 45 if classes <= _MOST_NUMBERED else 90
     axes.set_xticks(
         named,
@@ -77,15 +192,25 @@ def confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
             colour = "white" if share[row, column] > 0.3 else "#1a1a1a"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=size - 1)
     figure.colorbar(image, ax=axes, shrink=0.8, fraction=0.04, pad=0.02, label="share of the true class")
-    _save(figure, path)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    _draw(figure, lambda: figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None}))
+    return buffer.getvalue()
 
 
 def _save(figure: Figure, path: Path) -> None:
+    _draw(figure, lambda: _write(figure, path))
+
+
+def _draw(figure: Figure, write: Callable[[], object]) -> None:
     FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         # A label in a script that the font lacks becomes boxes; the tables have it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        _write(figure, path)
+        write()
 
 
 def _write(figure: Figure, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where labelled images come from: each source becomes a list of entries whose bytes are read when they are needed."""
+"""Where labelled images and texts come from: each source becomes a list of entries, whose bytes are read when needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from training.config import Data, Source
+from training.config import TEXT_SOURCES, Data, Source
 from training.errors import DataError
 
 Split = Literal["train", "validation", "test"]
@@ -31,7 +31,7 @@ _SPLIT_FOLDERS: dict[str, Split] = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One labelled image that has not been read yet."""
+    """One labelled image (or text) that has not been read yet."""
 
     name: str
     """Path below the root with `/`, or `<set>-<number>`; what messages show."""
@@ -39,7 +39,7 @@ class Entry:
     given: Split | None
     """The side on which the data itself puts the image, None when we divide."""
     read: Callable[[], bytes]
-    """The encoded image. May raise OSError."""
+    """The encoded image, a text as UTF-8. May raise OSError, of a text DataError."""
     pixels: Callable[[], bytes] | None = None
     """For images that we encode ourselves: the raw pixels, because encoded bytes depend on zlib's version."""
 
@@ -63,6 +63,10 @@ class Listing:
 
 def listing(data: Data) -> Listing:
     """All images of the recipe's source. Raises DataError when there is nothing usable."""
+    if data.source in TEXT_SOURCES:
+        from training import text_sources  # which builds on this module
+
+        return text_sources.listing(data)
     if data.source == "digits":
         return _digits()
     if data.source == "folder":
@@ -71,10 +75,10 @@ def listing(data: Data) -> Listing:
                 "the source 'folder' needs to know where the images lie",
                 remedy="--set data.root=PHOTOS, a folder with one folder per class",
             )
-        return _tree(Path(data.root))
+        return tree(Path(data.root))
     root = Path(data.root or "data")
     if root.is_file() or any((root / name).is_dir() for name in ("train", "test")):
-        return _tree(root)
+        return tree(root)
     return _downloaded(data.source, root)
 
 
@@ -94,15 +98,19 @@ class _File:
     read: Callable[[], bytes]
 
 
-def _tree(root: Path) -> Listing:
-    """`root/<class>/**`, or `root/{train,val,test}/<class>/**`; `root` may be a .zip of either."""
+def tree(root: Path, things: str = "images") -> Listing:
+    """`root/<class>/**`, or `root/{train,val,test}/<class>/**`; `root` may be a .zip of either.
+
+    Raises DataError, whose messages call the files `things`.
+    """
     files, folders = _files(root)
     if not files:
-        raise DataError(f"{root} holds no files", remedy="one folder of images per class is expected in it")
+        raise DataError(f"{root} holds no files", remedy=f"one folder of {things} per class is expected in it")
     tops = {path.parts[0] for path in folders}
     if not tops:
         raise DataError(
-            f"{root} holds images but no class folders", remedy="put the images of each class into a folder of its name"
+            f"{root} holds {things} but no class folders",
+            remedy=f"put the {things} of each class into a folder of its name",
         )
     given = tops <= set(_SPLIT_FOLDERS) and any(len(path.parts) > 1 for path in folders)
     if given:

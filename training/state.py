@@ -17,6 +17,7 @@ from torch import Tensor
 
 from training import files
 from training.config import Train
+from training.distributed import ALONE, Group
 from training.learner import Learner
 from training.progress import Report, Step
 from training.stages import Phase
@@ -109,20 +110,27 @@ def save(state: State, learner: Learner, folder: Path) -> None:
     files.write(folder / CHECKPOINT, lambda path: torch.save(content, path))
 
 
-def restore(folder: Path, learner: Learner, report: Report) -> State:
+def restore(folder: Path, learner: Learner, report: Report, group: Group = ALONE) -> State:
     """The state of the checkpoint in `folder`, with the learner put back to it; a new one when there is none.
 
-    A damaged checkpoint is named in the report and counts as none: training anew is always right.
+    A damaged checkpoint is named in the report and counts as none: training anew is always right. In a group the
+    first process reads for all, so that they start from the same position.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return State()
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a torn or foreign file raises anything
-        report(Step("train", 0, 0, f"{path} is damaged ({type(error).__name__}): starting from the beginning"))
+    content = group.first_does(lambda: _read(folder / CHECKPOINT, report))
+    if content is None:
         return State()
     learner.load_state_dict(content["learner"])
     state = State(**content["state"])
     report(Step("train", 0, 0, f"resuming in epoch {state.epoch + 1} after step {state.step}"))
     return state
+
+
+def _read(path: Path, report: Report) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - a torn or foreign file raises anything
+        report(Step("train", 0, 0, f"{path} is damaged ({type(error).__name__}): starting from the beginning"))
+        return None
+    return content

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from handlerlib import imaging
 from training import files, learner, schedules, stages, state
-from training.augment import augment
+from training.augment import Draws, augment
 from training.config import Recipe, Train
 from training.data import Dataset
+from training.distributed import ALONE, Group, Joined
 from training.errors import Interrupted, NumericFailure
 from training.evaluate import batch_size
 from training.learner import Learner
@@ -44,6 +44,7 @@ __all__ = [
     "CHECKPOINT",
     "HISTORY",
     "Fitted",
+    "Judged",
     "Loss",
     "Weights",
     "architecture",
@@ -56,6 +57,8 @@ __all__ = [
 ]
 
 HISTORY = "history.jsonl"
+Judged = Callable[[Sequence[dict[str, float]]], None]
+"""Sees the history's lines so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,58 +78,98 @@ def fit(
     report: Report,
     network: nn.Module | None = None,
     loss: Loss | None = None,
+    group: Group = ALONE,
+    judged: Judged | None = None,
 ) -> Fitted:
     """Train, or go on from the checkpoint in `folder`, until the epochs are done or nothing improves any more.
 
-    `network` takes the place of the recipe's own, weights included; `loss` that of the cross entropy.
+    `network` takes the place of the recipe's own, weights included; `loss` that of the cross entropy. `group` are
+    the processes that train it together, each of which calls this. `judged` sees the epochs so far after each of
+    them and at the start; what it raises ends the training.
 
     Call it inside `reproducible`. Raises NumericFailure when the loss stops being a number and Interrupted, with a
     checkpoint written, on SIGINT or when `report` raises KeyboardInterrupt.
     """
-    pupil = learner.start(dataset, recipe, report, network, loss)
-    now = state.restore(folder, pupil, report)
+    pupil = learner.start(dataset, recipe, report, network, loss, group)
+    now = state.restore(folder, pupil, report, group)
+    joined = Joined(pupil.network, group)
     saved_at = time.monotonic()
-    with _interrupts() as interrupted:
+    if judged is not None:
+        judged(now.history)
+    with _interrupts(group) as interrupted:
         while now.stage < len(pupil.phases):
             batches = _batches(dataset, pupil.phases[now.stage], recipe.seed, now.epoch)
             while now.step < len(batches):
-                _train_step(pupil, dataset, batches, recipe, now)
-                stop = _tell(report, now, recipe.train, pupil.phases) or interrupted.is_set()
-                if stop or time.monotonic() - saved_at > 60 * recipe.train.checkpoint_minutes:
-                    _save(pupil, dataset, batches[now.step - 1], now, folder)
+                _train_step(pupil, joined, dataset, batches, recipe, now, group)
+                told = _tell(report, now, recipe.train, pupil.phases)
+                late = time.monotonic() - saved_at > 60 * recipe.train.checkpoint_minutes
+                stop, due = group.either(told or interrupted.is_set(), late)
+                if stop or due:
+                    _save(pupil, dataset, batches[now.step - 1], now, folder, group)
                     saved_at = time.monotonic()
                 if stop:
                     raise Interrupted(f"stopped in epoch {now.epoch + 1}, step {now.step}; saved in {folder}")
-            _end_epoch(pupil, dataset, batches[-1], recipe, now, folder)
-        state.save(now, pupil, folder)
-    (folder / BEST_SO_FAR).unlink(missing_ok=True)
+            _end_epoch(pupil, dataset, batches[-1], recipe, now, folder, group)
+            if judged is not None:
+                judged(now.history)
+        if group.leads:
+            state.save(now, pupil, folder)
+    if group.leads:
+        (folder / BEST_SO_FAR).unlink(missing_ok=True)
     return Fitted(now.best, now.best_epoch, tuple(now.history))
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-def _train_step(pupil: Learner, dataset: Dataset, batches: Sequence[Tensor], recipe: Recipe, now: State) -> None:
-    """Learn from the next batch; update the weights when it is the last of its group."""
+def _train_step(
+    pupil: Learner,
+    joined: Joined,
+    dataset: Dataset,
+    batches: Sequence[Tensor],
+    recipe: Recipe,
+    now: State,
+    group: Group,
+) -> None:
+    """Learn from this process's part of the next batch; update the weights when it is the last of its bundle."""
     phase, rows = pupil.phases[now.stage], batches[now.step]
-    x_BCHW = imaging.normalise(dataset.pixels(rows, phase.size).to(pupil.device), dataset.preprocess)
-    x_BCHW = augment(x_BCHW, recipe.augment, generator(recipe.seed, "augment", now.epoch, now.step))
-    targets_B = dataset.targets_N[rows].to(pupil.device)
-    # Dropout and stochastic depth draw from torch's own generator.
-    torch.manual_seed(derive(recipe.seed, "network", now.epoch, now.step))
+    part = group.mine(len(rows))
+    x_BCHW = dataset.input(rows[part], phase.size, pupil.device)
+    drawn = Draws(generator(recipe.seed, "augment", now.epoch, now.step), len(rows), part)
+    x_BCHW = augment(x_BCHW, recipe.augment, drawn)
+    targets_B = dataset.targets_N[rows[part]].to(pupil.device)
+    # Dropout and stochastic depth draw from torch's own generator, in each process other masks.
+    torch.manual_seed(derive(recipe.seed, "network", now.epoch, now.step, *([group.rank] if group.rank else [])))
     stages.enter(pupil.network, phase.stage.freeze)
     with pupil.precise():
-        loss, logits_BK = pupil.loss(pupil.network, pupil.input(x_BCHW), targets_B)
-    value, rate = float(loss.detach()), _rate(recipe.train, pupil.phases, now)
+        loss, logits_BK = pupil.loss(joined.network(phase.stage.freeze), pupil.input(x_BCHW), targets_B)
+    correct = int((logits_BK.argmax(dim=1) == targets_B).sum())
+    value, correct = _over_all(pupil, dataset, rows, float(loss.detach()), correct, group)
+    rate = _rate(recipe.train, pupil.phases, now)
     if not math.isfinite(value):
         raise _failure(f"the loss became {value}", dataset, rows, now, now.step + 1, rate)
     first = now.step - now.step % phase.accumulate
-    group = batches[first : first + phase.accumulate]
-    # A batch counts by its images, so that a group's gradient is that of one large batch.
-    pupil.backward(loss * (len(rows) / sum(map(len, group))))
-    if now.step == first + len(group) - 1:
+    bundle = batches[first : first + phase.accumulate]
+    # A part counts by its images (or their classes' weights), so that a bundle's gradient is that of one large batch.
+    # Processes take the mean of their gradients, not the sum. Gradients are shared with every batch and not only at a
+    # bundle's end: what a checkpoint holds of them is then the same in every process.
+    share = pupil.mass(dataset.targets_N, rows[part]) / pupil.mass(dataset.targets_N, torch.cat(list(bundle)))
+    pupil.backward(loss * (share * group.size))
+    if now.step == first + len(bundle) - 1:
         pupil.update(rate)
-    now.add(value, int((logits_BK.argmax(dim=1) == targets_B).sum()), len(rows), rate)
+    now.add(value, correct, len(rows), rate)
+
+
+def _over_all(
+    pupil: Learner, dataset: Dataset, rows: Tensor, loss: float, correct: int, group: Group
+) -> tuple[float, int]:
+    """The loss of the whole batch and its right answers, of this process's part of it."""
+    if group.size == 1:
+        return loss, correct
+    mine = rows[group.mine(len(rows))]
+    # The mean over no image is not a number.
+    total, right = group.totals(loss * pupil.mass(dataset.targets_N, mine) if len(mine) else 0.0, correct)
+    return total / pupil.mass(dataset.targets_N, rows), round(right)
 
 
 def _rate(train: Train, phases: tuple[Phase, ...], now: State) -> float:
@@ -152,34 +195,39 @@ def _worth(train: Train, record: dict[str, float]) -> float:
     return -value if train.monitor == "loss" else value
 
 
-def _end_epoch(pupil: Learner, dataset: Dataset, rows: Tensor, recipe: Recipe, now: State, folder: Path) -> None:
+def _end_epoch(
+    pupil: Learner, dataset: Dataset, rows: Tensor, recipe: Recipe, now: State, folder: Path, group: Group
+) -> None:
     """Judge the epoch, whose last batch was `rows`, on the validation split; keep its weights when they are the best."""
-    record = now.record() | _validate(pupil, dataset, recipe.train, pupil.phases[now.stage].size)
+    record = now.record() | _validate(pupil, dataset, recipe.train, pupil.phases[now.stage].size, group)
     rank = (_worth(recipe.train, record), -record["validation_loss"])
     if not all(map(math.isfinite, rank)):
         what = f"the validation loss became {record['validation_loss']}"
         raise _failure(what, dataset, rows, now, now.step, now.rate)
     now.close_epoch(record, rank, pupil.judged.state_dict())
-    files.write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in now.history))
-    if now.best_epoch == now.epoch:
-        files.write(folder / BEST_SO_FAR, lambda path: torch.save(now.best, path))
+    if group.leads:
+        files.write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in now.history))
+        if now.best_epoch == now.epoch:
+            files.write(folder / BEST_SO_FAR, lambda path: torch.save(now.best, path))
     now.close_stage(recipe.train, pupil.phases)
 
 
 @torch.no_grad()
-def _validate(pupil: Learner, dataset: Dataset, train: Train, size: tuple[int, int]) -> dict[str, float]:
+def _validate(pupil: Learner, dataset: Dataset, train: Train, size: tuple[int, int], group: Group) -> dict[str, float]:
     network = pupil.judged.eval()
     loss = 0.0
     predicted: list[int] = []
     # The split is in an order drawn at random, so its first images are a fair sample of it.
     rows = torch.tensor(dataset.rows["validation"])[: train.validation_images or None]
+    rows = rows[group.mine(len(rows))]
     for part in torch.split(rows, batch_size(*size)):
-        x_BCHW = imaging.normalise(dataset.pixels(part, size).to(pupil.device), dataset.preprocess)
+        x_BCHW = dataset.input(part, size, pupil.device)
         with pupil.precise():
             logits_BK = network(pupil.input(x_BCHW)).float()
         loss += float(F.cross_entropy(logits_BK, dataset.targets_N[part].to(pupil.device), reduction="sum"))
         predicted += logits_BK.argmax(dim=1).tolist()
-    true = dataset.targets_N[rows].tolist()
+    (loss,) = group.totals(loss)
+    predicted, true = group.collect(predicted), group.collect(dataset.targets_N[rows].tolist())
     right = sum(guess == truth for guess, truth in zip(predicted, true, strict=True))
     return {
         "validation_loss": loss / len(true),
@@ -188,11 +236,12 @@ def _validate(pupil: Learner, dataset: Dataset, train: Train, size: tuple[int, i
     }
 
 
-def _save(pupil: Learner, dataset: Dataset, rows: Tensor, now: State, folder: Path) -> None:
+def _save(pupil: Learner, dataset: Dataset, rows: Tensor, now: State, folder: Path, group: Group) -> None:
     """Write a checkpoint. Raises NumericFailure instead when the weights are spoilt: the one before stays."""
     if not pupil.finite():
         raise _failure("a weight became infinite or NaN", dataset, rows, now, now.step, now.rate)
-    state.save(now, pupil, folder)
+    if group.leads:
+        state.save(now, pupil, folder)
 
 
 def _failure(what: str, dataset: Dataset, rows: Tensor, now: State, step: int, rate: float) -> NumericFailure:
@@ -235,20 +284,26 @@ def _batches(dataset: Dataset, phase: Phase, seed: int, epoch: int) -> list[Tens
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """The event is set by the first Ctrl-C; a second one raises KeyboardInterrupt at once."""
+def _interrupts(group: Group) -> Iterator[threading.Event]:
+    """The event is set by the first Ctrl-C; a second one raises KeyboardInterrupt at once.
+
+    In a group, torchrun passes the terminal's signals on, more than once and also as SIGTERM: none of them raises, so
+    that all processes stop after the same step.
+    """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield pressed
         return
 
     def note(number: int, frame: types.FrameType | None) -> None:
-        if pressed.is_set():
+        if pressed.is_set() and group.size == 1:
             raise KeyboardInterrupt
         pressed.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    wanted = (signal.SIGINT,) if group.size == 1 else (signal.SIGINT, signal.SIGTERM)
+    before = [(number, signal.signal(number, note)) for number in wanted]
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -1,19 +1,21 @@
 """Architectures by name: the one place where training and the worker turn a spec into a network.
 
 The small ones follow widely used teaching networks, with input channels, image size and class count taken from the
-data; every other name is a classification network of torchvision. All take a float batch `x_BCHW` and return logits
-`[B, classes]`.
+data; every other name is a classification network of torchvision, which is imported when one is asked for. All take a
+float batch `x_BCHW` and return logits `[B, classes]`; those for texts are described in `handlerlib.text_networks`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
+from handlerlib import text_networks
 from handlerlib.errors import SpecError
 from handlerlib.spec import Architecture, Width, closest
 
@@ -24,7 +26,7 @@ def build(architecture: Architecture) -> nn.Module:
     Raises SpecError for an unknown name, an image too small for it, or widths that do not belong to it.
     """
     try:
-        network = _OWN.get(architecture.name, _torchvision)(architecture)
+        network = (_OWN | _TEXT).get(architecture.name, _torchvision)(architecture)
     except SpecError:
         raise
     except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
@@ -35,10 +37,27 @@ def build(architecture: Architecture) -> nn.Module:
     return _narrow(network, architecture) if architecture.widths else network
 
 
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """Weights of a network of this very code, as safetensors holds them. Raises RuntimeError when they do not fit.
+
+    A state dict of torch also says in which version each module wrote it, and some (mnasnet) read one without a version
+    as their oldest; safetensors holds tensors only.
+    """
+    state: Any = OrderedDict(weights)
+    state._metadata = cast(Any, network.state_dict())._metadata
+    network.load_state_dict(state, strict=True, assign=assign)
+
+
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Every name that `build` knows: ours first, then torchvision's classification networks."""
-    return (*_OWN, *torchvision.models.list_models(module=torchvision.models))
+    """Every name that `build` knows for images: ours first, then torchvision's classification networks."""
+    models = _torchvision_models()
+    return (*_OWN, *models.list_models(module=models))
+
+
+def text_names() -> tuple[str, ...]:
+    """Every name that `build` knows for texts."""
+    return tuple(_TEXT)
 
 
 def mlp(shape: Architecture) -> nn.Module:
@@ -196,6 +215,15 @@ def _with_head(features: nn.Module, head: list[nn.Module], shape: Architecture) 
     return network.train()
 
 
+def _torchvision_models() -> Any:
+    from handlerlib.lean import import_torchvision
+
+    import_torchvision()
+    from torchvision import models
+
+    return models
+
+
 def _torchvision(shape: Architecture) -> nn.Module:
     """A torchvision classification network with random weights, its stem adapted to the data's channels."""
     if shape.name not in names():
@@ -208,7 +236,7 @@ def _torchvision(shape: Architecture) -> nn.Module:
     elif shape.name in ("googlenet", "inception_v3"):
         # The auxiliary heads double the outputs in training and are dropped for serving anyway.
         options |= {"aux_logits": False, "init_weights": True}
-    network: nn.Module = torchvision.models.get_model(shape.name, weights=None, num_classes=shape.classes, **options)
+    network: nn.Module = _torchvision_models().get_model(shape.name, weights=None, num_classes=shape.classes, **options)
     if shape.channels != 3:
         _adapt_stem(network, shape.channels)
     with torch.no_grad():
@@ -331,4 +359,8 @@ _OWN: dict[str, Callable[[Architecture], nn.Module]] = {
     "tiny_cnn": tiny_cnn,
     "resnet9": resnet9,
     "airbench": airbench,
+}
+_TEXT: dict[str, Callable[[Architecture], nn.Module]] = {
+    "embedding_bag": text_networks.embedding_bag,
+    "text_cnn": text_networks.text_cnn,
 }

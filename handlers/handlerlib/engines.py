@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from handlerlib import cores, imaging
+from handlerlib import cores
 from handlerlib.engine_spec import EngineFile, Kind, Precision, TorchOptions
 from handlerlib.errors import SpecError
-from handlerlib.spec import Preprocess
+from handlerlib.spec import ModelSpec, Preprocess
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,9 +58,34 @@ class PlainEngine:
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        from handlerlib import imaging  # a worker for texts has no need of Pillow and torchvision
+
         use_threads(threads)
         logits: Tensor = self.network(imaging.normalise(x_BCHW.to(self.device), self.preprocess))
         return logits.float().softmax(dim=1).cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class TextEngine:
+    """The same for a network that takes the numbers of terms: int32 `[B, terms]`, filled up with 0."""
+
+    network: nn.Module
+    device: torch.device
+    small: bool = False
+    """So little is to be done that waking another thread takes longer."""
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        use_threads(1 if self.small else threads)
+        logits: Tensor = self.network(x_BCHW.to(self.device))
+        return logits.float().softmax(dim=1).cpu()
+
+
+def plain_engine(network: nn.Module, spec: ModelSpec, device: torch.device) -> Engine:
+    """The reference for the spec's kind of input; `network` is on `device`."""
+    if spec.text is None:
+        return PlainEngine(network, spec.preprocess, device)
+    return TextEngine(network, device, small=spec.architecture.name == "embedding_bag")
 
 
 class TorchEngine:
@@ -90,6 +115,8 @@ class TorchEngine:
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
+        from handlerlib import imaging  # as above
+
         use_threads(threads)
         x_BCHW = imaging.normalise(x_BCHW.to(self._device), self._preprocess).contiguous(memory_format=self._format)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._autocast):

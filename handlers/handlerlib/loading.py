@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from handlerlib import architectures, engine_spec, engines
+from handlerlib.calibration import soften
 from handlerlib.engine_spec import EngineSpec, Obstacle, Reason
 from handlerlib.engines import Engine, PlainEngine
 from handlerlib.errors import MarinaError, SpecError
@@ -77,8 +78,11 @@ class LoadedModel:
     serving: Serving = Serving()
 
     def probabilities(self, x_BCHW: Tensor, threads: int = 0) -> Tensor:
-        """uint8 `[B, C, height, width]` -> probabilities, float32 `[B, classes]` on the CPU; 0 threads: as they are."""
-        return self.engine(x_BCHW, threads or torch.get_num_threads())
+        """uint8 `[B, C, height, width]` -> probabilities, float32 `[B, classes]` on the CPU; 0 threads: as they are.
+
+        The only place where the spec's temperature comes in: engines know nothing of it.
+        """
+        return soften(self.engine(x_BCHW, threads or torch.get_num_threads()), self.spec.temperature)
 
 
 def load(folder: Path, device: torch.device) -> LoadedModel:
@@ -173,7 +177,7 @@ def _against(engine: EngineSpec, folder: Path, device: torch.device) -> Obstacle
 def _plain(
     spec: ModelSpec, folder: Path, device: torch.device, packed: str | None = None, against: Obstacle | None = None
 ) -> LoadedModel:
-    plain = PlainEngine(read_network(folder, spec).to(device), spec.preprocess, device)
+    plain = engines.plain_engine(read_network(folder, spec).to(device), spec, device)
     if against is None:
         return LoadedModel(spec, plain, device)
     level = logging.INFO if against.reason == "switched-off" else logging.WARNING
@@ -221,7 +225,7 @@ def _assemble(spec: ModelSpec, weights: dict[str, Tensor]) -> nn.Module:
     with torch.device("meta"):
         network = architectures.build(spec.architecture)
     try:
-        network.load_state_dict(weights, strict=True, assign=True)
+        architectures.load_weights(network, weights, assign=True)
     except RuntimeError as error:
         raise SpecError(
             f"{WEIGHTS_FILE} does not fit architecture '{spec.architecture.name}' of {SPEC_FILE}: {error}",
@@ -230,7 +234,7 @@ def _assemble(spec: ModelSpec, weights: dict[str, Tensor]) -> nn.Module:
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         # Buffers that are no part of the state dict exist only after a real construction.
         network = architectures.build(spec.architecture)
-        network.load_state_dict(weights, strict=True)
+        architectures.load_weights(network, weights)
     return network
 
 

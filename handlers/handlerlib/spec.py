@@ -22,6 +22,10 @@ SCHEMA_VERSION = 1
 SPEC_FILE = "model_spec.json"
 WEIGHTS_FILE = "weights.safetensors"
 GOLDEN_FOLDER = "golden"
+TEMPERATURES = (0.2, 5.0)
+"""What `temperature` may be: a probability that float32 cannot tell from 0 stays below 3e-8 at the highest."""
+MOST_BUCKETS = 1 << 28
+"""Numbers of terms are int32."""
 _T = typing.TypeVar("_T")
 
 
@@ -42,23 +46,47 @@ class Width:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TermTable:
+    """The part of a text network that has a row for each term."""
+
+    rows: int
+    """One per term and one, the first, for no term."""
+    width: int = 0
+    """Numbers per term. 0, for `embedding_bag` only: one per class, with no layer behind them."""
+    pooling: Literal["mean", "length", "sum"] = "mean"
+    """For `embedding_bag`: a text's weights of terms are divided by their sum, by their Euclidean length, or not."""
+    filters: int = 128
+    """For `text_cnn`: patterns of each length."""
+    lengths: tuple[int, ...] = (2, 3, 4)
+    """For `text_cnn`: how many terms in a row a pattern covers."""
+
+    def __post_init__(self) -> None:
+        require(self.rows >= 2, "architecture.terms.rows", "at least 2", self.rows)
+        require(self.width >= 0, "architecture.terms.width", "at least 0", self.width)
+        require(self.filters >= 1, "architecture.terms.filters", "at least 1", self.filters)
+        require(_ascending(self.lengths), "architecture.terms.lengths", "ascending from 1 or more", self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Which network the weights belong to; `handlerlib.architectures.build` turns it into a module."""
 
     name: str
-    """A name of `handlerlib.architectures.names()`."""
+    """A name of `handlerlib.architectures.names()` or `text_names()`."""
     channels: int
-    """Input channels: 1 (grey) or 3 (RGB)."""
+    """Input channels: 1 (grey) or 3 (RGB); 1 for a text."""
     height: int
-    """Input height in pixels."""
+    """Input height in pixels; 1 for a text."""
     width: int
-    """Input width in pixels."""
+    """Input width in pixels; for a text, the most terms that it may have."""
     classes: int
     """Number of outputs."""
     dropout: float | None = None
     """Probability in each dropout layer, the architecture's own when null; no effect when serving."""
     widths: tuple[Width, ...] = ()
     """The layers from which pruning took channels; left out of the file when there are none."""
+    terms: TermTable | None = None
+    """For a text network, and left out of the file for others."""
 
     def __post_init__(self) -> None:
         modules = [width.module for width in self.widths]
@@ -104,17 +132,65 @@ class Preprocess:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextPreprocess:
+    """How the bytes of a text become the numbers of its terms; `handlerlib.text` is the only reader and gives the rules."""
+
+    html: bool = True
+    """Tags, comments, scripts and styles are removed and entities decoded; a `<`, `>` or `&` that is left is a space."""
+    unicode: Literal["NFKC", "NFC", "none"] = "NFKC"
+    """Normal form (Unicode Standard Annex #15). NFKC also makes one of full-width and other compatible forms."""
+    case: Literal["fold", "lower", "keep"] = "fold"
+    """fold: as Unicode compares without case, which makes `ss` of `ß`."""
+    punctuation: Literal["space", "remove", "keep"] = "space"
+    """Of the categories P and S. keep: each mark is a word."""
+    digits: Literal["keep", "zero", "remove"] = "keep"
+    """zero: each digit becomes 0."""
+    stop_words: tuple[str, ...] = ()
+    """Words that are left out before n-grams are made."""
+    word_ngrams: tuple[int, ...] = (1, 2)
+    """Lengths in words, ascending; none: no words."""
+    char_ngrams: tuple[int, ...] = ()
+    """Lengths in characters, ascending, within words; for languages without spaces. None: no characters."""
+    repeats: Literal["once", "all"] = "once"
+    """once: a text has or has not a term. all: terms in the order of their places, as often as they come."""
+    buckets: int = 0
+    """Terms are numbered by their hash modulo this; 0: by `vocabulary`."""
+    vocabulary: tuple[str, ...] = ()
+    """Known terms; all others are left out."""
+    most_terms: int = 2048
+    """What a text has beyond as many is not looked at."""
+    most_characters: int = 100_000
+    """The same, before anything is done to the text: it bounds the time that one takes, whatever is in it."""
+
+    def __post_init__(self) -> None:
+        for name in ("word_ngrams", "char_ngrams"):
+            lengths = getattr(self, name)
+            require(_ascending(lengths), f"text.{name}", "ascending from 1 or more", lengths)
+        require(bool(self.word_ngrams or self.char_ngrams), "text.word_ngrams/char_ngrams", "one length at least", ())
+        require((self.buckets > 0) != bool(self.vocabulary), "text.buckets", "given, or a vocabulary", self.buckets)
+        require(0 <= self.buckets <= MOST_BUCKETS, "text.buckets", f"at most {MOST_BUCKETS}", self.buckets)
+        require(len(set(self.vocabulary)) == len(self.vocabulary), "text.vocabulary", "distinct terms", "repeated ones")
+        for name in ("most_terms", "most_characters"):
+            require(getattr(self, name) >= 1, f"text.{name}", "at least 1", getattr(self, name))
+
+    @property
+    def rows(self) -> int:
+        """Rows that a network's table of terms needs, the one for no term included."""
+        return 1 + (self.buckets or len(self.vocabulary))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """What one request may hold; beyond it the request alone is refused."""
 
     max_bytes: int = 10 * 1024 * 1024
-    """Encoded bytes of one image (413)."""
+    """Encoded bytes of one image or text (413)."""
     max_pixels: int = 50_000_000
     """Width x height from the image's header, checked before decoding (422)."""
     max_instances: int = 64
-    """Images in one JSON request (413)."""
+    """Images or texts in one JSON request (413)."""
     top_k: int = 5
-    """Labels per image when the request does not say; at most `max_top_k` and the class count."""
+    """Labels per input when the request does not say; at most `max_top_k` and the class count."""
     max_top_k: int = 1000
     """The largest `top_k` a request may ask for (422 above it)."""
 
@@ -132,7 +208,7 @@ class GoldenSample:
     label: str
     """The true label, from the data set."""
     probabilities: tuple[float, ...]
-    """Softmax over all classes as computed by training's export at batch size 1."""
+    """Softmax over all classes as computed by training's export at batch size 1, at the spec's temperature."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,18 +257,31 @@ class ModelSpec:
     handler: str
     """Archive entry in `handlers/` without `.py`, e.g. `image_classifier`."""
     architecture: Architecture
-    preprocess: Preprocess
+    # Typed as if it were always there: who reads it works on images, and reaches no text model.
+    preprocess: Preprocess = None  # type: ignore[assignment]
+    """Of an image model. A text model has none; the file then leaves it out."""
+    text: TextPreprocess | None = None
+    """Of a text model; left out of the file for others."""
     labels: tuple[str, ...]
     """Label of each output index."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     golden: Golden
     baseline: Baseline | None = None
     """Null: drift cannot be measured."""
+    temperature: float = 1.0
+    """Divides the logits before softmax (`handlerlib.calibration`); left out of the file when it is 1."""
 
     def __post_init__(self) -> None:
         require(self.schema == SCHEMA_VERSION, "schema", f"{SCHEMA_VERSION} (the one this code reads)", self.schema)
+        forms = [name for name in ("preprocess", "text") if getattr(self, name) is not None]
+        require(len(forms) == 1, SPEC_FILE, "of an image (preprocess) or of a text (text)", forms)
+        table = self.architecture.terms.rows if self.architecture.terms is not None else None
+        wanted = self.text.rows if self.text is not None else None
+        require(table == wanted, "architecture.terms.rows", f"{wanted}, as text has it", table)
         require(len(self.labels) == self.architecture.classes, "labels", "one per class", len(self.labels))
         require(len(set(self.labels)) == len(self.labels), "labels", "distinct", self.labels)
+        low, high = TEMPERATURES
+        require(low <= self.temperature <= high, "temperature", f"from {low:g} to {high:g}", self.temperature)
         if self.baseline is not None:
             require(len(self.baseline.classes) == len(self.labels), "baseline.classes", "one per label", self.baseline)
         for sample in self.golden.samples:
@@ -205,6 +294,13 @@ class ModelSpec:
         fields = dataclasses.asdict(self)
         if not self.architecture.widths:
             del fields["architecture"]["widths"]
+        if self.architecture.terms is None:
+            del fields["architecture"]["terms"]
+        fields = {
+            name: value for name, value in fields.items() if value is not None or name not in ("preprocess", "text")
+        }
+        if self.temperature == 1.0:
+            del fields["temperature"]
         return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -243,6 +339,10 @@ def require(condition: bool, where: str, expected: str, got: object) -> None:
         raise SpecError(f"{where} must be {expected}, got {got!r}")
 
 
+def _ascending(lengths: tuple[int, ...]) -> bool:
+    return all(low < high for low, high in zip((0, *lengths), lengths, strict=False))
+
+
 def _build(kind: Any, value: Any, where: str, file: str) -> Any:
     """`value` as JSON gave it -> an instance of the annotation `kind`; SpecError names the dotted `where`."""
     if dataclasses.is_dataclass(kind):
@@ -251,6 +351,8 @@ def _build(kind: Any, value: Any, where: str, file: str) -> Any:
     if origin is tuple:
         require(isinstance(value, list), where, "a list", value)
         element = typing.get_args(kind)[0]
+        if element is str and all(type(item) is str for item in value):
+            return tuple(value)  # a vocabulary has tens of thousands
         return tuple(_build(element, item, f"{where}[{index}]", file) for index, item in enumerate(value))
     if origin is Literal:
         require(value in typing.get_args(kind), where, f"one of {list(typing.get_args(kind))}", value)

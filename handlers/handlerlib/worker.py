@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import handlerlib.lean  # noqa: F401 - before anything that imports torchvision itself
 from handlerlib import answers, loading, parking, payload, protocol, quarantine, telemetry
 from handlerlib.answers import Ranked
 from handlerlib.cores import Cores
@@ -66,6 +65,12 @@ class ModelHandler(ABC):
     batch_size: int
     reporter: telemetry.Reporter
     cores: Cores
+    decodes_in_threads: bool = True
+    """Decoding releases the interpreter lock, so that several threads can do it at once."""
+
+    def parse(self, row: Mapping[str, Any], headers: Headers) -> payload.Request:
+        """A row and its headers -> the encoded inputs of one request. Raises RequestError."""
+        return payload.parse(row, headers, self.model.spec.limits)
 
     @abstractmethod
     def decode(self, data: bytes | bytearray) -> Tensor:
@@ -133,7 +138,7 @@ class ModelHandler(ABC):
         workers = max(1, int((context.model_yaml_config or {}).get("minWorkers", 1)))
         self.cores = Cores.of_server(workers)
         torch.set_num_threads(self.cores.count)
-        self._pool = _decoders(self.cores.count)
+        self._pool = _decoders(self.cores.count) if self.decodes_in_threads else None
         self.cores.begin()
         try:
             self.model = loading.load(folder, device)
@@ -174,7 +179,7 @@ class ModelHandler(ABC):
 
     def _parse(self, row: Mapping[str, Any], headers: Headers) -> payload.Request | RequestError:
         try:
-            return payload.parse(row, headers, self.model.spec.limits)
+            return self.parse(row, headers)
         except RequestError as error:
             return error
         except Exception as error:  # noqa: BLE001 - logged with the answer

@@ -15,6 +15,7 @@ from handlerlib.spec import WEIGHTS_FILE
 from marina import archive, golden, verify
 from marina.archive import Archive
 from marina.errors import ArchiveError
+from support.archives import repack
 from support.engines import forged, write_optimised
 
 
@@ -26,24 +27,6 @@ def optimised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mar(optimised: Path, handlers: Path, tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return archive.pack(optimised, handlers=handlers, destination=tmp_path_factory.mktemp("store"))
-
-
-def repacked(mar: Archive, target: Path, change: Callable[[Path], object], *, honest: bool = True) -> Path:
-    """The archive with a change, and a build record that says so where it is honest."""
-    root = target / "root"
-    with zipfile.ZipFile(mar.path) as opened:
-        opened.extractall(root)
-    change(root)
-    if honest:
-        record = json.loads((root / "build.json").read_text())
-        record["files"] = {
-            name: {"bytes": (root / name).stat().st_size, "sha256": archive.sha256_of(root / name)}
-            for name in archive.file_names(root)
-            if name != "build.json"
-        }
-        (root / "build.json").write_bytes(archive.encode_build_record(record))
-    archive.write_canonical(root, target / "changed.mar")
-    return target / "changed.mar"
 
 
 def findings(report: verify.Report) -> dict[str, str]:
@@ -78,7 +61,9 @@ def test_engine_and_plain_weights_are_both_proved(mar: Archive) -> None:
 
 
 def test_an_engine_for_another_machine_is_noted_and_not_refused(mar: Archive, tmp_path: Path) -> None:
-    report = verify.verify(repacked(mar, tmp_path, lambda root: forged(root, "built_for.cpu_features", ["avx1024"])))
+    report = verify.verify(
+        repack(mar, tmp_path, lambda root: forged(root, "built_for.cpu_features", ["avx1024"]), honest=True)
+    )
     assert report.passed, report.findings
     (engine,) = (outcome for outcome in report.outcomes if outcome.check == "engine")
     assert engine.notes == (
@@ -96,9 +81,9 @@ def flip(root: Path) -> None:
 def test_a_changed_engine_is_refused(mar: Archive, tmp_path: Path) -> None:
     for folder in ("plain", "honest"):
         (tmp_path / folder).mkdir()
-    found = findings(verify.verify(repacked(mar, tmp_path / "plain", flip, honest=False)))
+    found = findings(verify.verify(repack(mar, tmp_path / "plain", flip)))
     assert "engine/model.weights: the file was changed after packing" in found["digests"]
-    found = findings(verify.verify(repacked(mar, tmp_path / "honest", flip)))
+    found = findings(verify.verify(repack(mar, tmp_path / "honest", flip, honest=True)))
     assert set(found) == {"engine"}
     assert "engine/model.weights is not the file that was built" in found["engine"]
 
@@ -106,7 +91,7 @@ def test_a_changed_engine_is_refused(mar: Archive, tmp_path: Path) -> None:
 def test_an_engine_that_does_not_keep_its_promise(mar: Archive, tmp_path: Path) -> None:
     def check(name: str, change: Callable[[Path], object]) -> str:
         (tmp_path / name).mkdir()
-        found = findings(verify.verify(repacked(mar, tmp_path / name, change)))
+        found = findings(verify.verify(repack(mar, tmp_path / name, change, honest=True)))
         assert set(found) == {"engine"}
         return found["engine"]
 

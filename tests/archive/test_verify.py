@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from marina import archive, verify
+from marina import verify
 from marina.archive import Archive
 from marina.errors import ArchiveError
+from support.archives import repack
 
 
 def refused(path: Path) -> bool:
@@ -23,24 +22,6 @@ def refused(path: Path) -> bool:
         return not verify.verify(path).passed
     except ArchiveError:
         return True
-
-
-def repack(packed: Archive, target: Path, change: Callable[[Path], None], *, honest: bool = False) -> Path:
-    """Unpack, change a file, pack again; `honest` also rewrites the build record, as an author would."""
-    root = target / "root"
-    with zipfile.ZipFile(packed.path) as opened:
-        opened.extractall(root)
-    change(root)
-    if honest:
-        record = json.loads((root / "build.json").read_text())
-        record["files"] = {
-            name: {"bytes": (root / name).stat().st_size, "sha256": archive.sha256_of(root / name)}
-            for name in archive.file_names(root)
-            if name != "build.json"
-        }
-        (root / "build.json").write_bytes(archive.encode_build_record(record))
-    archive.write_canonical(root, target / "changed.mar")
-    return target / "changed.mar"
 
 
 def findings(path: Path) -> dict[str, str]:

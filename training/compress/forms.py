@@ -24,7 +24,7 @@ from handlerlib.engine_spec import ENGINE_FILE, Accuracy, EngineSpec
 from handlerlib.engines import Engine, PlainEngine
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, Architecture, ModelSpec, closest
 from training import export as exporting
-from training import files
+from training import files, html_report
 from training.compress import channels, distil, measure, quantise, sparsity
 from training.compress.channels import Group, Importance
 from training.compress.distil import Teacher
@@ -32,7 +32,7 @@ from training.compress.measure import Comparison, Size
 from training.config import Model, Recipe
 from training.data import Dataset
 from training.errors import RecipeError
-from training.evaluate import Evaluation, batch_size, evaluate
+from training.evaluate import Evaluation, batch_size, calibrated, evaluate
 from training.export import METRICS_FILE, PROVENANCE_FILE
 from training.optimize import judge as judging
 from training.optimize import rungs
@@ -277,6 +277,16 @@ def complete(bench: Bench, form: Form, budget: float) -> Form:
     bench = dataclasses.replace(bench, report=_named(bench.report, form.name))
     form = dataclasses.replace(form, test=compared(bench, PARENT, form.name, "test"))
     spec, network, total = spec_of(bench, form.name), network_of(bench, form.name), len(bench.dataset.rows["test"])
+    if bench.recorded.evaluate.calibrate:
+        # Other weights are sure of other things: the parent's temperature is not theirs.
+        spec = calibrated(
+            network.to(bench.device),
+            spec,
+            bench.dataset.samples("validation"),
+            total=len(bench.dataset.rows["validation"]),
+            threads=bench.threads,
+            report=bench.report,
+        )
     judged = evaluate(
         network.to(bench.device),
         spec,
@@ -309,7 +319,11 @@ def complete(bench: Bench, form: Form, budget: float) -> Form:
     origin = exporting.provenance(
         bench.recorded, f"{bench.folder.name}/{form.name}", bench.origin["data_digest"], bench.dataset.sizes(), record
     )
-    files.write_text(folder / METRICS_FILE, exporting.to_json(_metrics(form, judged)))
+    files.write_text(folder / METRICS_FILE, exporting.to_json(_metrics(form, judged, spec.temperature)))
+    about = html_report.describe(
+        spec, dataclasses.asdict(origin), threads=bench.threads, device=bench.device.type, notes=[form.description]
+    )
+    html_report.write(folder / html_report.REPORT_FILE, about, judged, bench.dataset.samples("test"))
     files.write_text(folder / RECIPE_FILE, exporting.to_json(bench.recorded.model_dump(mode="json")))
     files.write_text(folder / CANDIDATE_FILE, form.to_json())
     files.write_text(folder / PROVENANCE_FILE, origin.to_json())
@@ -320,10 +334,11 @@ def parent_size(bench: Bench) -> Size:
     return measure.size(bench.network, bench.spec.architecture, [bench.target / WEIGHTS_FILE])
 
 
-def _metrics(form: Form, judged: Evaluation) -> dict[str, Any]:
+def _metrics(form: Form, judged: Evaluation, temperature: float) -> dict[str, Any]:
     epochs = {"epochs": float(form.epochs), "best_epoch": float(form.best_epoch)} if form.epochs else {}
     return {
         **judged.metrics,
+        "temperature": temperature,
         **epochs,
         "validation_accuracy": form.validation.after / 100,
         "per_class": [dataclasses.asdict(row) for row in judged.per_class],

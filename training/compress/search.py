@@ -180,6 +180,7 @@ def compress(
     Raises what `pipeline.evaluate` raises, RecipeError for a wrong option, and Interrupted on Ctrl-C.
     """
     spec = pipeline.load_spec(target)
+    exporting.require_images(spec)
     origin = pipeline.read_json(target / PROVENANCE_FILE)
     recorded = pipeline.recorded_recipe(target, origin, root)
     recipe = tuned(recorded, options)

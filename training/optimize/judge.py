@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from handlerlib import imaging
+from handlerlib.calibration import soften
 from handlerlib.engine_spec import Accuracy, Precision
 from handlerlib.engines import Engine
 from handlerlib.spec import ModelSpec
@@ -103,7 +104,8 @@ def golden_difference(engine: Engine, spec: ModelSpec, folder: Path, threads: in
     expected_NK = torch.tensor([sample.probabilities for sample in samples])
     alone_NK = torch.cat([engine(x_NCHW[row : row + 1], threads) for row in range(len(samples))])
     rows = torch.arange(max(_BATCH, len(samples))) % len(samples)
-    differences = torch.cat([alone_NK - expected_NK, engine(x_NCHW[rows], threads) - expected_NK[rows]])
+    answers_MK = soften(torch.cat([alone_NK, engine(x_NCHW[rows], threads)]), spec.temperature)
+    differences = answers_MK - torch.cat([expected_NK, expected_NK[rows]])
     return float(differences.abs().nan_to_num(nan=1.0).max())
 
 

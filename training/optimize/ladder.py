@@ -30,7 +30,7 @@ from handlerlib.loading import PLAIN
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from training import files
 from training.errors import DataError, Interrupted, RecipeError, TargetError
-from training.export import METRICS_FILE, PROVENANCE_FILE, to_json
+from training.export import METRICS_FILE, PROVENANCE_FILE, require_images, to_json
 from training.optimize import judge, measure, plots, publish, rungs, trial
 from training.optimize.rungs import Draft, Rung
 from training.optimize.trial import ChildFailed, Job, Trial
@@ -170,7 +170,9 @@ def _read(artifact: Path) -> ModelSpec:
     for name in (SPEC_FILE, WEIGHTS_FILE, METRICS_FILE, PROVENANCE_FILE):
         if not (artifact / name).is_file():
             raise TargetError(f"{artifact} is no artifact: it lacks {name}", remedy="give artifacts/NAME/VERSION")
-    return ModelSpec.load(artifact)
+    spec = ModelSpec.load(artifact)
+    require_images(spec)
+    return spec
 
 
 def _wanted(settings: Settings) -> tuple[Rung, ...]:

@@ -59,6 +59,18 @@ def test_what_cannot_be_built_is_explained(change: dict[str, object], message: s
         architectures.build(dataclasses.replace(SHAPE, **change))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["mnasnet0_5", "resnet18"])
+def test_plain_tensors_are_all_that_loading_needs(name: str) -> None:
+    shape = Architecture(name=name, channels=3, height=64, width=64, classes=3)
+    torch.manual_seed(0)
+    trained = architectures.build(shape).eval()
+    with torch.device("meta"):
+        network = architectures.build(shape)
+    architectures.load_weights(network, dict(trained.state_dict()), assign=True)
+    x_BCHW = torch.rand(2, 3, 64, 64)
+    assert torch.equal(network.eval()(x_BCHW), trained(x_BCHW))
+
+
 def test_dropout_reaches_every_dropout_layer() -> None:
     network = architectures.build(dataclasses.replace(SHAPE, name="vgg11", dropout=0.3))
     assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}

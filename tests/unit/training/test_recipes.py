@@ -18,6 +18,7 @@ def test_every_recipe_that_comes_along_is_valid_and_named_after_its_file(name: s
 
 def test_the_known_recipes() -> None:
     assert recipe_names() == (
+        "agnews",
         "cifar10",
         "cifar10_long",
         "cifar10_resnet18",
@@ -25,6 +26,7 @@ def test_the_known_recipes() -> None:
         "fashion_mnist",
         "folder",
         "mnist",
+        "texts",
     )
 
 

@@ -1,0 +1,332 @@
+"""A served endpoint scored on labelled samples: requests over HTTP, several at once, judged by training's own code.
+
+Whatever gets no answer is kept by name and reason beside what was answered; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from handlerlib.engine_spec import EngineSpec
+from handlerlib.spec import ModelSpec
+from marina import store
+from marina.client import Answer, InferenceClient, Label
+from marina.errors import ArchiveError, ClientError, ConfigError, Refused
+from marina.home import Home
+from marina.progress import Step
+
+if TYPE_CHECKING:  # the training package comes with torch, which takes seconds
+    from training.evaluate import Evaluation
+    from training.scoring import Comparison, Questions
+
+_HOPELESS = 20
+"""So many requests that fail one after the other from the start end the scoring: the rest would fail as well."""
+_AHEAD = 4
+"""Samples read ahead of the answers, per connection."""
+_ABOUT_THE_SAMPLE = (400, 413, 415, 422)
+"""Statuses that say nothing about another sample."""
+_TOP_K = (1000, 100, 10, None)
+"""How many labels are asked for where no artifact says how many there are."""
+
+
+class AnswersDiffer(ArchiveError):
+    """The endpoint gives other answers than the artifact whose version it names."""
+
+
+class Sample(Protocol):
+    """One labelled input."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+_Sample = TypeVar("_Sample", bound=Sample)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sample that got no answer."""
+
+    name: str
+    reason: str
+    status: int | None
+    """Of the HTTP answer; None when there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What came back, in the samples' order."""
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    """The true ones."""
+    predictions: tuple[tuple[Label, ...], ...]
+    versions: Mapping[str, int]
+    """Answers per model version."""
+    failures: tuple[Failure, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How the endpoint is asked."""
+
+    name: str
+    version: str | None = None
+    """Its default one when None."""
+    folder: Path | None = None
+    """Labelled samples; the artifact's own test split when None."""
+    root: str | None = None
+    """Where the data of that split lies, if not where it was in training."""
+    concurrency: int = 8
+    """Requests on their way at once."""
+    compare: bool = True
+    """Put the same samples to the artifact's plain weights here."""
+    report: Path | None = None
+    """Where a page about it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An endpoint's figures, and its artifact's where there is one on this machine."""
+
+    model: str
+    asked: Questions
+    answered: Answered
+    evaluation: Evaluation
+    artifact: Path | None
+    reference: Evaluation | None
+    comparison: Comparison | None
+    notes: tuple[str, ...]
+
+    @property
+    def version(self) -> str:
+        """The version, or all that answered."""
+        return ", ".join(sorted(self.answered.versions))
+
+
+def open_client(url: str, key_file: Path | None = None) -> InferenceClient:
+    """A client of the address, with the gateway's key where a file holds one. Raises ConfigError."""
+    if key_file is None:
+        return InferenceClient(url)
+    try:
+        return InferenceClient(url, key=key_file.read_text("ascii").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {key_file} cannot be read: {error}", remedy="make up writes one") from error
+
+
+def score(client: InferenceClient, options: Options, home: Home, report: Callable[[Step], None]) -> Score:
+    """Ask, judge and compare. Raises ClientError when nothing is answered, ArchiveError when the test split of an artifact
+    is wanted that is not here, and what reading data raises."""
+    from training import pipeline, scoring
+
+    folder = None if options.folder is None else scoring.labelled_folder(options.folder)
+    probe = _probe(client, options, home, folder)
+    artifact = _artifact(home, probe)
+    spec = None if artifact is None else ModelSpec.load(artifact)
+    if artifact is None and folder is None:
+        raise ArchiveError(
+            f"{probe.model} {probe.version} is served, and there is no artifact of it here whose test split could be asked",
+            remedy="give labelled samples: --data FOLDER, with one folder per class",
+        )
+    asked = folder if folder is not None else pipeline.questions(_known(artifact), report=report, root=options.root)
+    labels = spec.labels if spec is not None else tuple(_labels(probe))
+    scoring.check_labels(asked, labels, f"{probe.model} {probe.version}")
+    top_k = min(len(labels), spec.limits.max_top_k) if spec is not None else len(probe.predictions[0])
+    answered = ask(
+        client,
+        options.name,
+        asked.read(),
+        total=asked.total,
+        version=options.version,
+        top_k=top_k,
+        concurrency=options.concurrency,
+        report=report,
+    )
+    rows = [{label.index: label.probability for label in one} for one in answered.predictions]
+    _check_indices(answered, labels)
+    log_NK, complete = scoring.log_rows(rows, len(labels))
+    from training.evaluate import figures
+
+    evaluation = figures(labels, answered.names, answered.labels, log_NK)
+    notes = (
+        [] if complete else ["answers do not hold every label: those left out share what is left of the probability"]
+    )
+    reference, comparison = None, None
+    if artifact is None or spec is None:
+        notes.append(f"there is no artifact of {probe.model} {probe.version} here to compare with")
+    elif len(answered.versions) > 1:
+        notes.append("several versions answered, so that the answers are compared with none: give NAME:VERSION")
+    elif options.compare:
+        again = dataclasses.replace(
+            asked, total=len(answered.names), read=lambda: _only(asked.read(), frozenset(answered.names))
+        )
+        reference = pipeline.evaluate_on(artifact, again, report=report)
+        comparison = scoring.compare(reference, evaluation, spec, EngineSpec.load(artifact), complete=complete)
+    return Score(probe.model, asked, answered, evaluation, artifact, reference, comparison, tuple(notes))
+
+
+def ask(
+    client: InferenceClient,
+    name: str,
+    samples: Iterable[Sample],
+    *,
+    total: int,
+    version: str | None,
+    top_k: int | None,
+    concurrency: int,
+    report: Callable[[Step], None],
+) -> Answered:
+    """One request per sample, `concurrency` at once, so that the server may batch them; each is repeated as the client's
+    retries say. Raises ClientError when none of the first 20, or none at all, is answered."""
+    names: list[str] = []
+    true: list[str] = []
+    predictions: list[tuple[Label, ...]] = []
+    versions: Counter[str] = Counter()
+    failures: list[Failure] = []
+    last: ClientError | None = None
+    started = time.monotonic()
+
+    def send(sample: Sample) -> tuple[str, str, Answer | ClientError]:
+        try:
+            kind = content_type(sample.data)
+            return sample.name, sample.label, client.predict(
+                name, sample.data, version=version, top_k=top_k, content_type=kind
+            )  # fmt: skip
+        except ClientError as error:
+            return sample.name, sample.label, error
+
+    with ThreadPoolExecutor(concurrency, "ask") as pool:
+        for sample, label, answer in _ahead(pool, send, samples, concurrency * _AHEAD):
+            if isinstance(answer, ClientError):
+                last = answer
+                status = answer.status if isinstance(answer, Refused) else None
+                failures.append(Failure(sample, str(answer), status))
+                if not names and len(failures) >= _HOPELESS:
+                    break
+            else:
+                names.append(sample)
+                true.append(label)
+                predictions.append(answer.predictions[0])
+                versions[answer.version] += 1
+            report(_Asked("evaluate", len(names) + len(failures), total, ""))
+    if not names:
+        if last is None:
+            raise ClientError("there is no sample to ask about", remedy="give a folder with samples")
+        raise ClientError(
+            f"none of {len(failures)} requests was answered, the last: {last}", remedy=last.remedy
+        ) from last
+    seconds = time.monotonic() - started
+    return Answered(tuple(names), tuple(true), tuple(predictions), dict(versions), tuple(failures), seconds)
+
+
+def content_type(data: bytes) -> str:
+    """How a sample is announced: readable UTF-8 is text, everything else is left to the handler."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "application/octet-stream"
+    return "application/octet-stream" if "\0" in text else "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    phase: str
+    done: int
+    total: int
+    note: str
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    send: Callable[[Sample], tuple[str, str, Answer | ClientError]],
+    samples: Iterable[Sample],
+    most: int,
+) -> Iterator[tuple[str, str, Answer | ClientError]]:
+    """Results in order, with at most `most` samples read and not yet answered."""
+    waiting: deque[Future[tuple[str, str, Answer | ClientError]]] = deque()
+    try:
+        for sample in samples:
+            waiting.append(pool.submit(send, sample))
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _probe(client: InferenceClient, options: Options, home: Home, folder: Questions | None) -> Answer:
+    """A first answer, to know who answers: to samples of the folder, or to a golden sample of the newest artifact."""
+    if folder is not None:
+        samples = itertools.islice(folder.read(), _HOPELESS)
+        candidates = [sample.data for sample in samples]
+    else:
+        artifact = store.find_artifact(home.artifacts, _joined(options))
+        spec = ModelSpec.load(artifact)
+        candidates = [(artifact / sample.file).read_bytes() for sample in spec.golden.samples]
+    last: Refused | None = None
+    for data in candidates:
+        for top_k in _TOP_K:
+            try:
+                return client.predict(
+                    options.name, data, version=options.version, top_k=top_k, content_type=content_type(data)
+                )
+            except Refused as error:
+                last = error
+                if error.status != 422 or "top_k" not in str(error):
+                    break
+        if last is not None and last.status not in _ABOUT_THE_SAMPLE:
+            break
+    raise last or ClientError("there is no sample to ask about", remedy="give a folder with samples")
+
+
+def _joined(options: Options) -> str:
+    return options.name if options.version is None else f"{options.name}:{options.version}"
+
+
+def _artifact(home: Home, probe: Answer) -> Path | None:
+    """The artifact of the version that answers."""
+    try:
+        return store.find_artifact(home.artifacts, f"{probe.model}:{probe.version}")
+    except ArchiveError:
+        return None
+
+
+def _known(artifact: Path | None) -> Path:
+    assert artifact is not None
+    return artifact
+
+
+def _labels(probe: Answer) -> Iterator[str]:
+    """Labels by index, from an answer that holds all of them."""
+    named = {label.index: label.label for label in probe.predictions[0]}
+    return (named.get(index, f"#{index}") for index in range(max(named) + 1))
+
+
+def _check_indices(answered: Answered, labels: tuple[str, ...]) -> None:
+    """Raises AnswersDiffer when an answer names a class otherwise than the artifact does."""
+    for name, prediction in zip(answered.names, answered.predictions, strict=True):
+        for label in prediction:
+            if not 0 <= label.index < len(labels) or labels[label.index] != label.label:
+                raise AnswersDiffer(
+                    f"{name}: the endpoint calls class {label.index} '{label.label}', which its artifact does not",
+                    remedy="what is served is not what the artifact holds: pack it again and deploy it",
+                )
+
+
+def _only(samples: Iterable[_Sample], names: frozenset[str]) -> Iterator[_Sample]:
+    return (sample for sample in samples if sample.name in names)

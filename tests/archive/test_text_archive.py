@@ -1,0 +1,47 @@
+"""A text artifact from training to a verified archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from marina import archive, load_payloads, verify
+from marina.archive import Archive
+from support import texts
+from training.compress import search
+from training.errors import TargetError
+from training.optimize import ladder
+from training.progress import silent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return texts.train(tmp_path_factory.mktemp("texts"), "text.buckets=4096").artifact
+
+
+@pytest.fixture(scope="module")
+def text_archive(trained: Path, handlers: Path) -> Archive:
+    return archive.pack(trained, handlers=handlers, destination=trained.parents[2] / "store")
+
+
+def test_it_passes_every_check(text_archive: Archive) -> None:
+    report = verify.verify(text_archive.path)
+    assert report.passed, report.findings
+
+
+def test_golden_samples_are_texts_and_the_card_tells_of_texts(text_archive: Archive) -> None:
+    found = verify.inspect(text_archive.path)
+    assert found["spec"]["handler"] == "text_classifier"
+    assert "preprocess" not in found["spec"]
+    assert all(sample["file"].endswith(".txt") for sample in found["spec"]["golden"]["samples"])
+    assert "text/plain" in found["card"] and "image" not in found["card"]
+    load = load_payloads.from_archive(text_archive.path)
+    assert {payload.content_type for payload in load.payloads} == {"text/plain"}
+
+
+def test_what_is_for_images_says_so(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="reads texts"):
+        ladder.run(trained, ladder.Settings(device="cpu"), runs=tmp_path, artifacts=tmp_path, report=silent)
+    with pytest.raises(TargetError, match="reads texts"):
+        search.compress(trained, search.Options(), runs=tmp_path, artifacts=tmp_path, report=silent)

@@ -1,0 +1,137 @@
+"""Labelled samples that a model is asked, and what a served model's answers are worth beside its artifact's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from handlerlib.engine_spec import EngineSpec
+from handlerlib.spec import ModelSpec
+from training import paired
+from training.config import Data
+from training.data import Sample
+from training.errors import DataError
+from training.evaluate import Evaluation
+from training.sources import listing
+
+_LEAST = 5e-9
+"""Answers hold eight decimals: a probability that they show as 0 counts as half of the last one."""
+_ROUNDING = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Samples whose labels are known."""
+
+    what: str
+    """`test split`, or the folder they come from."""
+    total: int
+    read: Callable[[], Iterator[Sample]]
+    """All of them, in the same order each time."""
+    labels: tuple[str, ...]
+    """Those that occur."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A served model's answers beside those of its artifact's plain weights, to the same samples."""
+
+    samples: int
+    changed: int
+    """Samples with another first label."""
+    largest: float
+    """The largest difference of a probability."""
+    lost_points: float
+    """Accuracy that the endpoint loses, in percentage points; negative when it gains."""
+    lost_interval: tuple[float, float]
+    """Its 95 % interval (paired proportions)."""
+    allowed: str
+    """What may differ, as a sentence's part."""
+    differs: bool
+    """More than that."""
+
+
+def labelled_folder(folder: Path) -> Questions:
+    """`folder/<class>/**`, or the same below `folder/test/`. Raises DataError when there is nothing of the kind."""
+    entries = listing(Data(source="folder", root=str(folder))).entries
+    if any(entry.given is not None for entry in entries):
+        entries = tuple(entry for entry in entries if entry.given == "test")
+    if not entries:
+        raise DataError(
+            f"{folder} holds no labelled files", remedy="put the files of each class into a folder of its name"
+        )
+
+    def read() -> Iterator[Sample]:
+        for entry in entries:
+            yield Sample(entry.name, entry.label, entry.read())
+
+    return Questions(str(folder), len(entries), read, tuple(sorted({entry.label for entry in entries})))
+
+
+def check_labels(questions: Questions, labels: Sequence[str], model: str) -> None:
+    """Raises DataError when a class of the questions is none of the model's."""
+    unknown = sorted(set(questions.labels) - set(labels))
+    if unknown:
+        known = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+        raise DataError(
+            f"{questions.what} holds the class '{unknown[0]}', which {model} does not know",
+            remedy=f"name the class folders as the model's labels: {known}",
+        )
+
+
+def log_rows(answers: Sequence[Mapping[int, float]], classes: int) -> tuple[NDArray[np.float32], bool]:
+    """Probabilities by class number, as answers hold them -> log-probabilities `[N, classes]`, and whether all were there.
+
+    Classes that an answer does not name share what is left of it.
+    """
+    p_NK = np.zeros((len(answers), classes), dtype=np.float64)
+    complete = True
+    for row, answer in enumerate(answers):
+        absent = classes - len(answer)
+        if absent > 0:
+            complete = False
+            p_NK[row] = max(0.0, 1.0 - sum(answer.values())) / absent
+        p_NK[row, list(answer)] = list(answer.values())
+    log_NK: NDArray[np.float32] = np.log(np.maximum(p_NK, _LEAST)).astype(np.float32)
+    return log_NK, complete
+
+
+def compare(
+    reference: Evaluation, served: Evaluation, spec: ModelSpec, engine: EngineSpec | None, *, complete: bool = True
+) -> Comparison:
+    """Both hold the same samples in the same order.
+
+    Where the artifact brings an engine of lower precision, accuracy decides: more is lost than the engine was allowed,
+    with 95 % certainty. Otherwise every probability does, with the tolerance of the golden samples; where the answers
+    are not complete, those of the first labels.
+    """
+    names, theirs = [one.name for one in reference.predictions], [one.name for one in served.predictions]
+    assert names == theirs, "compare() needs the same samples in the same order"
+    pairs = list(zip(reference.predictions, served.predictions, strict=True))
+    if complete:
+        largest = float(np.abs(np.exp(reference.log_NK) - np.exp(served.log_NK)).max(initial=0.0))
+    else:
+        largest = max((abs(one.probability - other.probability) for one, other in pairs), default=0.0)
+    right = [torch.tensor([one.predicted == one.label for one in side.predictions]) for side in (reference, served)]
+    lost = paired.lost(*right)
+    if engine is not None and engine.precision != "fp32" and engine.accuracy is not None:
+        budget = engine.accuracy.budget_points
+        differs, allowed = lost.low > budget, f"{budget:g} points of accuracy, for the engine {engine.rung}"
+    else:
+        tolerance = max(spec.golden.tolerance, engine.tolerance if engine else 0.0)
+        # Written so that a NaN differs too.
+        differs, allowed = not largest <= tolerance + _ROUNDING, f"{tolerance:g} in any probability"
+    return Comparison(
+        samples=len(pairs),
+        changed=sum(one.predicted != other.predicted for one, other in pairs),
+        largest=largest,
+        lost_points=lost.points,
+        lost_interval=(lost.low, lost.high),
+        allowed=allowed,
+        differs=differs,
+    )

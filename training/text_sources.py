@@ -1,0 +1,206 @@
+"""Where labelled texts come from: class folders of .txt files, and CSV.
+
+A text is read as UTF-8 from here on, whatever its file's encoding, as a worker gets it. What is wrong in a file is an
+error with its name and line: a text that is left out silently would be missing where it matters.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import functools
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from training.config import Data
+from training.errors import DataError
+from training.sources import Entry, Listing, Skipped, Split, natural, tree
+
+CSV_FILES: tuple[tuple[str, Split], ...] = (
+    ("train.csv", "train"),
+    ("validation.csv", "validation"),
+    ("test.csv", "test"),
+)
+"""In a folder given as `data.root`."""
+_Row = tuple[int, list[str]]
+"""Number of its last line, and its values."""
+
+
+def listing(data: Data) -> Listing:
+    """All texts of the recipe's source. Raises DataError when there is nothing usable."""
+    try:
+        codecs.lookup(data.encoding)
+    except LookupError:
+        raise DataError(f"data.encoding '{data.encoding}' is not known", remedy="e.g. utf-8, cp1252, gb18030") from None
+    if data.root is None:
+        raise DataError(
+            f"the source '{data.source}' needs to know where the texts lie",
+            remedy="--set data.root=TEXTS, " + _EXPECTED[data.source],
+        )
+    return _folders(Path(data.root), data) if data.source == "texts" else _csv(Path(data.root), data)
+
+
+_EXPECTED = {
+    "texts": "a folder with one folder of .txt files per class",
+    "csv": "a .csv file, or a folder with train.csv and test.csv",
+}
+
+
+def _folders(root: Path, data: Data) -> Listing:
+    found = tree(root, "texts")
+    entries: list[Entry] = []
+    skipped = list(found.skipped)
+    for entry in found.entries:
+        if not entry.name.lower().endswith(".txt"):
+            skipped.append(Skipped(entry.name, "not a .txt file"))
+            continue
+        read = functools.partial(_as_utf8, entry.read, f"{root / entry.name}", data.encoding)
+        entries.append(Entry(entry.name, entry.label, entry.given, read))
+    return Listing(tuple(entries), found.classes, tuple(skipped))
+
+
+def _as_utf8(read: Callable[[], bytes], where: str, encoding: str) -> bytes:
+    return _decoded(read(), where, encoding).encode()
+
+
+def _decoded(data: bytes, where: str, encoding: str) -> str:
+    try:
+        text = data.decode(encoding)
+        text.encode()
+    except UnicodeError as error:
+        start = error.start if isinstance(error, UnicodeDecodeError) else 0
+        line = data.count(b"\n", 0, start) + 1
+        raise DataError(
+            f"{where}, line {line}: not {encoding}: {getattr(error, 'reason', error)} (byte {start})",
+            remedy="--set data.encoding=cp1252 or what the file is in, or store it as UTF-8",
+        ) from error
+    return text.removeprefix("\ufeff")
+
+
+# ----------------------------------------------------------------------------------------------------------------- csv
+
+
+def _csv(root: Path, data: Data) -> Listing:
+    entries: list[Entry] = []
+    for path, split in _files(root, data):
+        named = list(_entries(path, split, data))
+        entries += named if split is not None else _divided(path, named, data)
+    if data.class_names:
+        classes: tuple[str, ...] = data.class_names
+    else:
+        classes = tuple(sorted({entry.label for entry in entries}, key=natural))
+    return Listing(tuple(entries), classes)
+
+
+def _files(root: Path, data: Data) -> list[tuple[Path, Split | None]]:
+    if root.is_file():
+        return [(root, None)]
+    found: list[tuple[Path, Split | None]] = [
+        (root / name, split) for name, split in CSV_FILES if (root / name).is_file()
+    ]
+    sides = {split for _, split in found}
+    if not {"train", "test"} <= sides:
+        raise DataError(
+            f"data.root {root} is neither a .csv file nor a folder with train.csv and test.csv",
+            remedy="--set data.root=FILE.csv",
+        )
+    if data.train_rows:
+        raise DataError(
+            f"data.train_rows divides one file, and {root} holds {len(found)}",
+            remedy="leave the rows out, or name a file",
+        )
+    return found
+
+
+def _entries(path: Path, split: Split | None, data: Data) -> Iterator[Entry]:
+    """Every row, checked."""
+    rows = _rows(path, data)
+    if data.columns is not None:
+        names: Sequence[str] = data.columns
+    else:
+        _, names = next(rows, (0, []))
+        names = [name.strip() for name in names]
+    if not names:
+        raise DataError(f"{path} is empty", remedy="give a file with a row of column names and rows of data")
+    label_at, *text_at = (_column(path, names, wanted, data) for wanted in (data.label_column, *data.text_columns))
+    for line, values in rows:
+        where = f"{path}, line {line}"
+        if len(values) != len(names):
+            raise DataError(
+                f"{where}: {len(values)} values, the columns are {len(names)} ({', '.join(names)})",
+                remedy='mend the row: a value with a delimiter, a quote or a line break stands in "quotes"',
+            )
+        text = "\n".join(values[at] for at in text_at)
+        label = _label(values[label_at].strip(), where, data)
+        yield Entry(f"{path.name}:{line}", label, split, functools.partial(bytes, text.encode()))
+
+
+def _rows(path: Path, data: Data) -> Iterator[_Row]:
+    """Rows that are not blank. RFC 4180, with any delimiter."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", remedy="check data.root") from error
+    text = _decoded(raw, str(path), data.encoding)
+    before = csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=data.delimiter, strict=True)
+    try:
+        for values in reader:
+            if values:
+                yield reader.line_num, values
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: {error}",
+            remedy='mend the row: inside "quotes" a quote is written twice, and every quote is closed',
+        ) from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _column(path: Path, names: Sequence[str], wanted: str, data: Data) -> int:
+    if names.count(wanted) == 1:
+        return names.index(wanted)
+    if wanted in names:
+        raise DataError(f"{path}: there is more than one column '{wanted}'", remedy="rename one of them")
+    beyond = "data.columns" if data.columns is not None else "its first row"
+    raise DataError(
+        f"{path} has no column '{wanted}': {beyond} names {', '.join(names)[:200]}",
+        remedy="--set data.label_column=NAME and data.text_columns=[...], or data.columns=[...] when no row names them",
+    )
+
+
+def _label(value: str, where: str, data: Data) -> str:
+    if not data.class_names:
+        if not value:
+            raise DataError(
+                f"{where}: no class in the column '{data.label_column}'", remedy="fill it in or remove the row"
+            )
+        return value
+    if value.isascii() and value.isdigit() and 1 <= int(value) <= len(data.class_names):
+        return data.class_names[int(value) - 1]
+    if value in data.class_names:
+        return value
+    raise DataError(
+        f"{where}: class '{value[:40]}' is neither one of data.class_names nor a number from 1 to {len(data.class_names)}",
+        remedy="mend the row, or correct data.class_names",
+    )
+
+
+def _divided(path: Path, entries: list[Entry], data: Data) -> list[Entry]:
+    """The recipe's first, next and last rows; all of them, not divided, when it names none."""
+    if not data.train_rows:
+        return entries
+    first, chosen, last = data.train_rows, data.validation_rows, data.test_rows
+    if first + chosen + last > len(entries):
+        raise DataError(
+            f"{path} has {len(entries)} rows of data, the recipe wants {first} + {chosen} + {last}",
+            remedy="--set data.train_rows=N, data.validation_rows=M and data.test_rows=K with a smaller sum",
+        )
+    sides: tuple[tuple[Split, Sequence[Entry]], ...] = (
+        ("train", entries[:first]),
+        ("validation", entries[first : first + chosen]),
+        ("test", entries[-last:]),
+    )
+    return [Entry(entry.name, entry.label, split, entry.read, entry.pixels) for split, part in sides for entry in part]
