@@ -52,6 +52,10 @@ test-fast: setup ## run the tests that need no server
 bench: setup ## compare with other servers on this machine (45 minutes, nothing else running); DATA=CIFAR10_JPEGS
 	$(BIN)/python -m benchmarks --device $(if $(filter auto,$(DEVICE)),cpu,$(DEVICE)) $(if $(DATA),--data-root $(DATA))
 
+.PHONY: chaos
+chaos: setup ## measure the promises under faults (12 minutes, nothing else running); CHAOS="--quick", "--soak 10", "--cycles 200"
+	$(BIN)/python -m benchmarks.chaos $(CHAOS)
+
 .PHONY: check
 check: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

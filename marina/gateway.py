@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from marina.errors import ConfigError, PortBusy, ServerError
@@ -44,6 +45,9 @@ MAX_REPLICAS = 8
 """Slots that haproxy.cfg has."""
 INSTALL_HAPROXY = "install it: apt-get install --no-install-recommends haproxy (2.6 or newer)"
 
+_LOADED = "Loading success."
+"""What HAProxy's master writes when a new process of it serves."""
+_SIGNAL_SECONDS = 0.2
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.\-*\[\]:]*:[0-9]{1,5}$", max_length=255)]
@@ -392,14 +396,47 @@ class RunningGateway:
         host, port = _host_and_port(self.config.bind)
         return f"http://{host}:{port}"
 
+    def pids(self) -> tuple[int, ...]:
+        """HAProxy's processes: the master, which stays, and its workers, of which each reload starts a new one."""
+        with contextlib.suppress(psutil.Error):
+            return (self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children()))
+        return ()
+
+    def reload(self, *, timeout_s: float = 10.0) -> None:
+        """Take the configuration file, the certificate and the Lua files anew; return when a new process serves.
+
+        The old one answers what it has, and leaves. Raises ServerError when HAProxy refuses: then the old one serves on.
+        """
+        check_config(self.config)
+        before = set(self.pids())
+        written = self.log.stat().st_size
+        self.process.send_signal(signal.SIGUSR2)
+        deadline = time.monotonic() + timeout_s
+        while not (_LOADED in self._written_since(written) and set(self.pids()) - before):
+            if time.monotonic() > deadline:
+                raise ServerError(f"haproxy did not reload within {timeout_s:g} s", remedy=f"see {self.log}")
+            time.sleep(0.02)
+
+    def _written_since(self, position: int) -> str:
+        with self.log.open("rb") as stream:
+            stream.seek(position)
+            return stream.read().decode("utf-8", "replace")
+
     def stop(self, *, drain_s: float = 10.0) -> int:
         """Take no new connection, answer what is in flight for up to `drain_s` seconds, then end. Returns HAProxy's
         exit status; calling it again is harmless."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR1)
+            ends = time.monotonic() + drain_s
+            # Again while it still listens: HAProxy's master loses a signal that comes while a worker of it starts.
+            while _accepts(self.config.bind) and time.monotonic() < ends:
+                self.process.send_signal(signal.SIGUSR1)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return self.process.wait(min(_SIGNAL_SECONDS, drain_s))
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.process.wait(drain_s)
-            self.process.kill()
+                return self.process.wait(max(0.0, ends - time.monotonic()))
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         return self.process.wait()
 
 
@@ -435,7 +472,7 @@ def start_gateway(config: GatewayConfig, log: Path, *, timeout_s: float = 10.0) 
     check_config(config)
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [program, "-db", "-f", str(CONFIG_FILE)],
+            [program, "-W", "-db", "-f", str(CONFIG_FILE)],
             env=_environment(config), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
         )  # fmt: skip
     running = RunningGateway(process=process, config=config, log=log)

@@ -48,7 +48,7 @@ def stock_quiet(folder: Path) -> Launch:
 
 def marina(folder: Path, **settings: Any) -> Launch:
     """The supervisor with its defaults: one JSON line per request and one configuration for any load."""
-    archive = _pack(folder, "marina_handler.py", MODEL_CONFIG, extra=ROOT / "handlers" / "handlerlib")
+    archive = pack_echo(folder)
     kinds = ("inference", "management", "metrics", "supervisor")
     ports = dict(zip((f"{kind}_port" for kind in kinds), processes.free_ports(4), strict=True))
     wish = {
@@ -62,6 +62,11 @@ def marina(folder: Path, **settings: Any) -> Launch:
         ports["inference_port"],
         ready_url=f"http://127.0.0.1:{ports['supervisor_port']}/readyz",
     )
+
+
+def pack_echo(folder: Path) -> Path:
+    """The echo archive that Marina serves, in `folder/store`."""
+    return _pack(folder, "marina_handler.py", MODEL_CONFIG, extra=ROOT / "handlers" / "handlerlib")
 
 
 SYSTEMS: Mapping[str, Callable[[Path], Launch]] = {"stock": stock, "stock-quiet": stock_quiet, "marina": marina}

@@ -1,0 +1,1 @@
+"""What Marina promises while something goes wrong, measured: `python -m benchmarks.chaos`."""

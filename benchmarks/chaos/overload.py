@@ -1,0 +1,140 @@
+"""Three times more than can be answered; and requests that cannot be answered at all."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+from benchmarks.chaos.bench import TIMES_QUIET_P99, Bench, Finding, brief, p99_ms, say
+from benchmarks.errors import BenchmarkError
+from marina import loadgen
+from marina.loadgen import Closed, Result
+
+TIMES = 3.0
+DEADLINE_MS = 2000
+REFUSED = "HTTP 429"
+REFUSED_WITHIN_MS = 50.0
+_REFUSALS = ("HTTP 415", "HTTP 422")
+"""Of damaged images."""
+LEAST_GOODPUT = 0.9
+RECOVERED_WITHIN = 5.0
+_AFTER_SECONDS = 12.0
+_CONNECTIONS = 900
+_POISON = {100: 0.05, 10: 0.20}
+"""Every so-manieth request is damaged -> the largest loss of good answers."""
+
+
+def three_times(bench: Bench) -> Finding:
+    """Each is answered within its deadline or refused at once; what can be done is done; soon after all is as before."""
+    seconds = bench.form.overload
+    loop = loadgen.Open(rate=TIMES * bench.capacity, connections=_CONNECTIONS)
+    headers = bench.stack.headers | {"X-Deadline-Ms": str(DEADLINE_MS)}
+    with loadgen.start(bench.scenario(loop, headers=headers)) as running:
+        running.wait_measuring()
+        running.wait_seconds(seconds)
+        ended = time.monotonic()
+        running.stop(drain=DEADLINE_MS / 1e3 + 1.0)
+        flood = running.result()
+    with loadgen.start(bench.scenario(bench.open_loop(), warm_up=0.0, duration=_AFTER_SECONDS)) as running:
+        gap = time.monotonic() - ended
+        running.wait()
+        after = running.result()
+    return _judged(bench, flood, after, gap)
+
+
+def _judged(bench: Bench, flood: Result, after: Result, gap: float) -> Finding:
+    refused = flood.by_outcome.get(REFUSED)
+    others = {name: count for name, count in flood.errors.items() if name != REFUSED}
+    late = flood.latency.max_ms if flood.latency is not None else float("inf")
+    goodput = flood.throughput.value / bench.capacity
+    recovered = gap + _recovered(after, bench.quiet_p99_ms)
+    slowest = refused.max_ms if refused is not None else 0.0
+    p99 = refused.p99.value if refused is not None else 0.0
+    count = refused.count if refused is not None else 0
+    measured = (
+        f"{flood.good} answered, the last within {late / 1e3:.2f} s of its {DEADLINE_MS / 1e3:g} s; {count} refused with "
+        f"429, p99 {p99:.0f} ms, slowest {slowest:.0f} ms; {sum(others.values())} others; "
+        f"goodput {goodput:.0%} of capacity; recovered after {recovered:.1f} s"
+    )
+    say(f"    {measured}")
+    kept = (
+        not others
+        and late <= DEADLINE_MS
+        and slowest < REFUSED_WITHIN_MS
+        and goodput >= LEAST_GOODPUT
+        and recovered <= RECOVERED_WITHIN
+    )
+    details: dict[str, Any] = {"flood": brief(flood), "after": brief(after), "goodput": goodput, "recovered": recovered}
+    details["refused"] = refused.as_dict() if refused is not None else None
+    return Finding(measured, kept, details)
+
+
+def _recovered(after: Result, quiet_p99_ms: float) -> float:
+    """Seconds until the first whole second in which nothing failed and no slowest per cent was above the quiet one's."""
+    spans = after.timeline
+    for first in range(len(spans)):
+        second = [span for span in spans if spans[first].start <= span.start < spans[first].start + 1.0]
+        fine = all(span.failed == 0 and (span.p99_ms or 0.0) <= TIMES_QUIET_P99 * quiet_p99_ms for span in second)
+        if fine and spans[first].start + 1.0 <= after.seconds:
+            return spans[first].start
+    return float("inf")
+
+
+def poison(bench: Bench) -> Finding:
+    """Damaged images among the others: refused one by one, and the others answered as if they were not there.
+
+    Closed loops in turns, so that a machine that slows down slows all of them down. What counts is good answers: one
+    per cent of damaged requests costs at least that one per cent.
+    """
+    runs: dict[int, list[Result]] = {0: [], **{every: [] for every in _POISON}}
+    for _ in range(bench.form.poison_rounds):
+        for every, found in runs.items():
+            found.append(loadgen.run(_closed(bench, every, bench.form.poison)))
+    clean = statistics.median(item.throughput.value for item in runs[0])
+    details: dict[str, Any] = {}
+    kept, words = True, []
+    for every, limit in _POISON.items():
+        loss = 1 - statistics.median(item.throughput.value for item in runs[every]) / clean
+        wrong = sum(_unexpected(item, every) for item in runs[every])
+        kept = kept and loss <= limit and wrong == 0
+        words.append(f"{1 / every:.0%}: {wrong} of the rest failed or wrong, {loss:.1%} fewer good answers")
+        details[f"every {every}"] = {"loss": loss, "wrong": wrong, "runs": [brief(item) for item in runs[every]]}
+    say(f"    {'; '.join(words)}")
+    return Finding("; ".join(words), kept, details | {"clean": [brief(item) for item in runs[0]]})
+
+
+def _closed(bench: Bench, every: int, seconds: float) -> loadgen.Scenario:
+    return bench.scenario(Closed(connections=64), damaged_every=every, duration=seconds)
+
+
+def _unexpected(result: Result, every: int) -> int:
+    """Failures that no damaged image explains: another status, an undamaged image, or more than were sent."""
+    refused = sum(result.errors.get(name, 0) for name in _REFUSALS)
+    undamaged = sum(item.outcome in _REFUSALS and item.payload % every != every - 1 for item in result.failures)
+    # Requests count from the moment they were planned for, so one more than the share may fall into the time measured.
+    surplus = max(0, refused - math.ceil(result.planned / every) - 1)
+    return result.failed - refused + max(undamaged, surplus)
+
+
+def capacity(bench: Bench) -> Result:
+    """What the stack can answer at most."""
+    result = loadgen.run(_first(bench))
+    if result.failed:
+        first = f"{result.failures[0].outcome}: {result.failures[0].detail}" if result.failures else "no detail"
+        raise BenchmarkError(f"{result.failed} of {result.planned} failed with nothing wrong: {first}", remedy="see it")
+    bench.capacity = result.throughput.value
+    return result
+
+
+def _first(bench: Bench) -> loadgen.Scenario:
+    """With a warm-up until it is steady: java compiles for some time."""
+    return bench.scenario(Closed(connections=64), duration=bench.form.capacity, warm_up="auto", warm_up_limit=30.0)
+
+
+def quiet(bench: Bench) -> Result:
+    """60 % of the capacity, and nothing happens."""
+    result = loadgen.run(bench.scenario(bench.open_loop(), duration=bench.form.quiet))
+    bench.quiet_p99_ms = p99_ms(result)
+    return result
