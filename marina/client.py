@@ -20,6 +20,8 @@ from requests.adapters import HTTPAdapter
 from marina.errors import ClientError, ConfigError, Refused, TimedOut, UnexpectedAnswer, Unreachable
 from marina.properties import is_loopback
 
+HOLDING = -1
+"""Fewest workers of a version that has none and whose requests are held: marina.frontend_patch.HOLDING."""
 TOP_K_HEADER = "x-top-k"
 """TorchServe drops query parameters on /predictions, so the handlers read it from a header."""
 
@@ -115,6 +117,13 @@ class ModelStatus:
     """Requests its queue still takes before TorchServe answers 503."""
     default: bool | None = None
     """Whether requests without a version come here; None when only this version was asked about."""
+    autoscale: Mapping[str, Any] | None = None
+    """What the supervisor says about its scaling (marina/autoscale_loop.py); None: its number is not changed by itself."""
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has no workers on purpose: a request waits in its queue until there is one."""
+        return not self.workers and self.min_workers == HOLDING
 
     @property
     def ready_workers(self) -> int:
@@ -219,7 +228,7 @@ class ManagementClient:
         Raises TimedOut when they are not within `deadline` seconds.
         """
         parameters = {"min_worker": str(workers), "max_worker": str(workers), "synchronous": "false"}
-        self._http.request("PUT", _path("models", name, version), pure=False, params=parameters)
+        self._set_workers(name, version, parameters)
         ends = time.monotonic() + deadline
         while True:
             status = self.describe(name, version)
@@ -231,6 +240,32 @@ class ManagementClient:
                     remedy="look at the server's log for the cause",
                 )
             time.sleep(0.1)
+
+    def grow(self, name: str, workers: int, version: str) -> None:
+        """Have so many workers at least, without taking any away; returns before they are ready."""
+        parameters = {"min_worker": str(workers), "max_worker": str(_ANY_NUMBER), "synchronous": "false"}
+        self._set_workers(name, version, parameters)
+
+    def sleep(self, name: str, version: str) -> None:
+        """Take all workers away and hold the requests that come from now on, until there are workers again.
+
+        Only where TorchServe is patched for it, or those are refused; workers must have nothing in hand.
+        """
+        parameters = {"min_worker": str(HOLDING), "max_worker": "0", "synchronous": "false"}
+        self._set_workers(name, version, parameters)
+
+    def _set_workers(self, name: str, version: str | None, parameters: Mapping[str, str]) -> None:
+        """TorchServe 0.12 answers 500 when a worker answers a describe request at the moment in which it is taken away
+        (BatchAggregator.handleErrorJob looks for the job twice): the entry is gone then, its process may stay, and
+        asking again does the rest.
+        """
+        for attempt in range(_SCALE_TRIES):
+            try:
+                self._http.request("PUT", _path("models", name, version), pure=False, params=parameters)
+                return
+            except Refused as error:
+                if error.status != 500 or _TAKEN_AWAY not in str(error) or attempt == _SCALE_TRIES - 1:
+                    raise
 
     def set_default(self, name: str, version: str) -> None:
         """Let requests without a version go to `version`. TorchServe does not check that it has workers."""
@@ -281,6 +316,11 @@ class ManagementClient:
         response = self._http.request("GET", _path("models", name, version), pure=True)
         with _contract(response):
             return tuple(_model_status(item) for item in response.json())
+
+
+_SCALE_TRIES = 3
+_TAKEN_AWAY = "isControlCmd"
+_ANY_NUMBER = 1000
 
 
 class _Http:

@@ -1,4 +1,4 @@
-"""Three small changes to TorchServe 0.12.0's front end, put in front of its jar on java's class path.
+"""Four small changes to TorchServe 0.12.0's front end, put in front of its jar on java's class path.
 
 TorchServe is not maintained any more, so what costs every request there is not going to change upstream. Each patch
 below exchanges a few instructions of one compiled class for others of the same length. The jar itself stays as it was
@@ -150,7 +150,19 @@ RECEIVING = Patch(
         ),
     ),
 )
-PATCHES = (BATCHES, DISPATCH, RECEIVING)
+HOLDING = Patch(
+    name="org/pytorch/serve/wlm/ModelManager",
+    effect="a version scaled to a minimum of -1 has no workers and takes requests into its queue all the same",
+    sha256="c32ec7d1b524cc3992b068659874274c0611c2472dfe94eaadcabdc14a5c51bf",
+    exchanges=(
+        # addJob, 51..65: if (wlm.hasNoWorker(model.getModelVersionName())) return false, which is answered with 503.
+        # Instead: if (model.getMinWorkers() == 0) return false. Without workers a version has a minimum of 0, or of -1
+        # when they were taken away for the time without work (marina/autoscale_loop.py).
+        #   aload 4, invokevirtual Model.getMinWorkers, ifne 68
+        Exchange(old=_code("2a b4000d 1904 b602d5 b602d9 990005"), new=_code("1904 b6026e 9a000c", length=15)),
+    ),
+)
+PATCHES = (BATCHES, DISPATCH, RECEIVING, HOLDING)
 
 
 def write(home: Path, folder: Path, patches: Sequence[Patch] = PATCHES) -> Patched:

@@ -4,6 +4,10 @@
 default = "2.0"                        # answers requests without a version
 versions = { "1.0" = 1, "2.0" = 2 }    # workers per replica; "2.0" = { workers = 2, archive = "dist/digits-2.0.mar" }
 
+[models.digits.autoscale]              # then the numbers above are those to begin with; see marina/autoscale.py
+min = 0                                # workers of each version, per replica; 0: none after idle_seconds without work
+max = 4
+
 [limits]
 workers = 8                            # of all models together, per replica
 
@@ -27,6 +31,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from handlerlib.spec import closest
+from marina.autoscale import Autoscale
 from marina.canary import Stages
 from marina.client import ModelStatus
 from marina.errors import ConfigError
@@ -60,12 +65,23 @@ class ModelPlan(_Frozen):
 
     default: Version
     versions: dict[Version, Annotated[VersionPlan, BeforeValidator(_from_workers)]] = Field(min_length=1)
+    autoscale: Autoscale | None = None
+    """Bounds between which each server changes the number of workers by itself."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.default not in self.versions:
             raise ValueError(f"the default {self.default} is not among the versions {', '.join(self.versions)}")
+        for version, plan in self.versions.items():
+            if self.autoscale is not None and self.autoscale.clamped(plan.workers) != plan.workers:
+                bounds = f"{self.autoscale.min} to {self.autoscale.max}"
+                raise ValueError(f"version {version} begins with {plan.workers} workers, autoscale allows {bounds}")
         return self
+
+    @property
+    def most_workers(self) -> int:
+        """Of all versions together."""
+        return sum(self.autoscale.max if self.autoscale else plan.workers for plan in self.versions.values())
 
 
 class Limits(_Frozen):
@@ -120,11 +136,12 @@ class Desired(_Frozen):
                 if model not in self.models:
                     raise ValueError(f"host {name} names the model '{model}', which is not in the file")
         for name in self.hosts or ("",):
-            wanted = sum(plan.workers for model in self.on(name).values() for plan in model.versions.values())
+            wanted = sum(model.most_workers for model in self.on(name).values())
             if self.limits.workers is not None and wanted > self.limits.workers:
                 where = f"{name}: " if name else ""
+                most = " at most" if any(model.autoscale for model in self.on(name).values()) else ""
                 raise ValueError(
-                    f"{where}{wanted} workers are wanted per replica, limits.workers is {self.limits.workers}"
+                    f"{where}{wanted} workers are wanted{most} per replica, limits.workers is {self.limits.workers}"
                 )
         return self
 
@@ -183,7 +200,7 @@ def _hint(error: ValidationError) -> str:
         return "correct it"
     tables: Mapping[tuple[str, int], type[BaseModel]] = {
         ("models", 3): ModelPlan, ("models", 5): VersionPlan, ("hosts", 3): Host,
-        ("limits", 2): Limits, ("gates", 2): Gates, ("canary", 2): Stages,
+        ("models", 4): Autoscale, ("limits", 2): Limits, ("gates", 2): Gates, ("canary", 2): Stages,
     }  # fmt: skip
     known = tables.get((str(first["loc"][0]), len(first["loc"])), Desired).model_fields
     near = closest(str(first["loc"][-1]), known)
@@ -215,11 +232,12 @@ def differences(replica: str, name: str, plan: ModelPlan, seen: Sequence[ModelSt
     for version in dict.fromkeys((*plan.versions, *found)):
         wanted = plan.versions[version].workers if version in plan.versions else 0
         status = found.get(version)
-        if status is None or (version not in plan.versions) or not has_workers(status, wanted):
+        if status is None or (version not in plan.versions) or not has_workers(status, wanted, plan.autoscale):
+            bounds = f"{plan.autoscale.min} to {plan.autoscale.max}" if plan.autoscale else str(wanted)
             rows.append(
                 (
                     f"{version} workers",
-                    _count(version in plan.versions, wanted),
+                    bounds if version in plan.versions else "not served",
                     _count(status is not None, _seen(status)),
                 )
             )
@@ -244,7 +262,13 @@ def target(plan: ModelPlan, known: ModelServing | None) -> ModelServing:
     if previous is not None and previous.version == plan.default:
         previous = None
     versions = {version: item.workers for version, item in plan.versions.items()}
-    return ModelServing(default=plan.default, versions=versions, previous=previous)
+    if plan.autoscale is not None and known is not None:  # the numbers that the servers have come to
+        versions |= {
+            version: workers
+            for version, workers in known.versions.items()
+            if version in versions and plan.autoscale.allows(workers)
+        }
+    return ModelServing(default=plan.default, versions=versions, previous=previous, autoscale=plan.autoscale)
 
 
 def is_new_default(name: str, plan: ModelPlan, known: Serving | None, seen: Sequence[ModelStatus]) -> bool:

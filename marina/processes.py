@@ -23,6 +23,7 @@ from marina.errors import PortBusy, ServerError
 SOCKET_PATH_LIMIT = 100
 """Bytes. A Unix socket's path has at most 107; TorchServe puts `/.ts.sock.NNNNN` behind the temp folder."""
 
+_LEFT_OVER_SECONDS = 5.0
 _PREFIX = "marina-"
 _LOCK_FILE = "in-use"
 
@@ -88,6 +89,18 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_left_over(pids: Iterable[int]) -> None:
+    """Make sure of the end of idle workers that TorchServe has taken from its list, and should have ended."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            processes.append(psutil.Process(pid))
+    _, alive = psutil.wait_procs(processes, timeout=_LEFT_OVER_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -8,10 +8,11 @@ nothing to lose.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import requests
@@ -23,6 +24,7 @@ from marina.errors import ArchiveError, ClientError, Refused, TimedOut
 from marina.golden import inputs as golden_inputs
 from marina.golden import prove
 from marina.parking import Parking, temp_folder
+from marina.processes import end_left_over
 from marina.server import ServedModel
 from marina.serving import NotServed
 from marina.shadow import Shadow
@@ -30,10 +32,6 @@ from marina.shadow import Shadow
 DRAIN_SECONDS = 120.0
 """How long requests already accepted may take before a version is taken away from under them."""
 _RETIRE_TRIES = 3
-_SCALE_TRIES = 3
-_TAKEN_AWAY = "isControlCmd"
-_END_SECONDS = 5.0
-"""For a process that TorchServe has taken from its list, before it is ended here."""
 _IDLE_LOOKS = 3
 _LOOK_SECONDS = 0.1
 _LIVE_INPUTS = 32
@@ -104,7 +102,20 @@ class LocalReplica:
         self._management = ManagementClient(management_url)
 
     def status(self) -> tuple[ModelStatus, ...]:
-        return self._management.status()
+        found = self._management.status()
+        scaling = {(item["name"], item["version"]): item for item in self._scaling()}
+        return tuple(
+            dataclasses.replace(item, autoscale=scaling.get((item.name, item.version))) if scaling else item
+            for item in found
+        )
+
+    def _scaling(self) -> list[dict[str, Any]]:
+        """Of the versions that the supervisor scales by itself; none without a supervisor."""
+        try:
+            answer = requests.get(f"{self._supervisor_url}/autoscale", timeout=3)
+            return list(answer.json()) if answer.status_code == 200 else []
+        except (requests.RequestException, ValueError):
+            return []
 
     def register(self, key: str, workers: int) -> None:
         model = self._model(key)
@@ -144,20 +155,10 @@ class LocalReplica:
         self._scale_list(found, workers)
 
     def _scale_list(self, found: ModelStatus, workers: int) -> None:
-        """Set the length of TorchServe's list. What goes must have nothing in hand.
-
-        TorchServe 0.12 answers 500 when a worker answers a describe request at the moment in which it is taken away
-        (BatchAggregator.handleErrorJob looks for the job twice): the entry is gone then and its process may stay.
-        """
-        for attempt in range(_SCALE_TRIES):
-            try:
-                self._management.scale(found.name, workers, found.version)
-                break
-            except Refused as error:
-                if error.status != 500 or _TAKEN_AWAY not in str(error) or attempt == _SCALE_TRIES - 1:
-                    raise
+        """Set the length of TorchServe's list. What goes must have nothing in hand."""
+        self._management.scale(found.name, workers, found.version)
         listed = {worker.pid for worker in self._require(f"{found.name}:{found.version}").workers}
-        _end([worker.pid for worker in found.workers if worker.pid > 0 and worker.pid not in listed])
+        end_left_over([worker.pid for worker in found.workers if worker.pid > 0 and worker.pid not in listed])
 
     def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
         golden = golden_inputs([self._model(f"{name}:{version}").archive_file for version in (old, new)])
@@ -181,6 +182,9 @@ class LocalReplica:
         found = self._find(key)
         if found is None:
             return
+        if found.asleep:  # it may hold requests by now
+            self._management.scale(name, 1, version)
+            found = self._require(key)
         workers = len(found.workers)
         for _ in range(_RETIRE_TRIES):
             if not found.workers or self._end_all_workers(found):
@@ -326,15 +330,3 @@ def _dead_in_front(found: ModelStatus) -> bool:
 def _split(key: str) -> tuple[str, str]:
     name, _, version = key.partition(":")
     return name, version
-
-
-def _end(pids: Sequence[int]) -> None:
-    """Make sure of these idle processes' end."""
-    processes = []
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            processes.append(psutil.Process(pid))
-    _, alive = psutil.wait_procs(processes, timeout=_END_SECONDS)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()

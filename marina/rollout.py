@@ -27,6 +27,7 @@ from marina import canary, serving
 from marina import store as model_store
 from marina import verify as verification
 from marina.archive import Archive, sha256_of
+from marina.autoscale import Autoscale
 from marina.canary import Canary, Front, Stages
 from marina.client import ModelStatus
 from marina.errors import ArchiveError, ClientError, StoreError
@@ -164,6 +165,12 @@ class Rollout:
             chosen = version or model.default
             if chosen not in model.versions:
                 raise NotServed(f"{name} {chosen} is not served", remedy="`marina status` lists what is served")
+            if model.autoscale is not None and model.autoscale.clamped(workers) != workers:
+                raise NotServed(
+                    f"{name} is scaled by itself between {model.autoscale.min} and {model.autoscale.max} workers",
+                    remedy=f"choose a number of at least {model.autoscale.awake} within them, "
+                    "or give it other bounds: [models.NAME.autoscale] of deploy.toml, then marina apply",
+                )
             key = f"{name}:{chosen}"
             after = state.with_version(name, chosen, workers)
             with self._journaled("scale", name, state, after):
@@ -361,7 +368,7 @@ class Rollout:
         wanted: Mapping[str, int] = target.versions if target is not None else {}
         for version, workers in wanted.items():
             have = found.get(version)
-            if not has_workers(have, workers):
+            if not has_workers(have, workers, target.autoscale if target is not None else None):
                 with self._step(f"{name}:{version} with {workers} worker{'s' if workers != 1 else ''}", replica):
                     replica.register(f"{name}:{version}", workers)
             if have is None and prove:
@@ -509,10 +516,15 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def has_workers(status: ModelStatus | None, wanted: int) -> bool:
+def has_workers(status: ModelStatus | None, wanted: int, autoscale: Autoscale | None = None) -> bool:
     """Whether a version has its workers: all that are listed, or all that are ready beside an entry that the watchdog has
-    replaced. Workers that load or are down for a moment count."""
-    return status is not None and wanted in (len(status.workers), status.ready_workers)
+    replaced. Workers that load or are down for a moment count. An autoscaled version may have any number within its
+    bounds, and none when it is asleep."""
+    if status is None:
+        return False
+    if autoscale is not None:
+        return status.asleep if not status.workers else autoscale.awake <= len(status.workers) <= autoscale.max
+    return wanted in (len(status.workers), status.ready_workers)
 
 
 def _is_default(status: ModelStatus | None) -> bool:

@@ -201,11 +201,12 @@ def drain(
 def status(
     target: TargetOption = "auto",
     url: ManagementUrl = None,
+    supervisor_url: SupervisorUrl = None,
     store: Store = None,
     as_json: Json = False,
 ) -> None:
     """Which models and versions are served, with their workers and queues."""
-    screen, reached = Screen(as_json), reach(target, url=url, store=store)
+    screen, reached = Screen(as_json), reach(target, url=url, supervisor_url=supervisor_url, store=store)
     rows = [(found.name, model) for found in reached.replicas for model in found.status()]
     meant = serving.read(reached.store)
     previous = {} if meant is None else {name: model.previous for name, model in meant.models.items() if model.previous}
@@ -217,6 +218,10 @@ def status(
         ("replica", "model", "version", "default", "ready", "workers", "queued", "batch"),
         [(name, *_cells(model)) for name, model in rows],
     )
+    for name, model in rows:
+        if model.autoscale is not None:
+            found = model.autoscale
+            screen.say(f"{name}: {model.name} {model.version} has {found['min']} to {found['max']}: {found['reason']}")
     for name, before in previous.items():
         screen.say(f"marina rollback {name} goes back to {before.version}")
     if begun is not None:

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TextIO
@@ -26,11 +26,13 @@ from typing import Any, Literal, TextIO
 import requests
 
 from marina import frontend_patch, java, processes, properties
+from marina.autoscale import Autoscale
+from marina.autoscale_loop import Autoscaler
 from marina.client import NO_RETRIES, InferenceClient, ManagementClient, Timeout
 from marina.errors import ConfigError, MarinaError, NoDevice, NotReady, ServerDied, ServerError
 from marina.logs import LoadFailure, ServerLog
 from marina.settings import ENGINE_SWITCH, Kind, ServeSettings
-from marina.watch import Port, State, Watch, accepted
+from marina.watch import Port, Scaling, State, Watch, accepted
 from marina.watchdog import Watchdog
 
 Reason = Literal["SIGINT", "SIGTERM", "drain"]
@@ -59,11 +61,25 @@ class ServedModel:
     """The archive's model-config.yaml."""
     sha256: str = ""
     """Of the archive, for the metrics."""
+    autoscale: Autoscale | None = None
+    """Bounds between which the supervisor changes the number of workers; None: it stays."""
+    scaled: int | None = None
+    """Workers that the autoscaler means it to have."""
+    scaled_required: int | None = None
+    """Of them, those that must be ready."""
 
     @property
     def workers(self) -> int:
-        """Workers that must be ready."""
-        return self._whole("minWorkers", 1)
+        """Workers that it is meant to have."""
+        if self.scaled is not None:
+            return self.scaled
+        meant = self._whole("minWorkers", 1)
+        return self.autoscale.clamped(meant) if self.autoscale is not None else meant
+
+    @property
+    def required(self) -> int:
+        """Of them, those that must be ready for the server to be."""
+        return self.workers if self.scaled_required is None else self.scaled_required
 
     def snapshot(self) -> dict[str, object]:
         """Its entry in TorchServe's `model_snapshot`. Raises ConfigError for a value that TorchServe would ignore."""
@@ -127,11 +143,13 @@ class Server:
         prove: Prove | None = None,
         expected: Callable[[], Sequence[ServedModel]] | None = None,
         environment: Mapping[str, str] | None = None,
+        alone: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
     ) -> None:
-        """`expected` says what must be ready at any later moment, when rollouts change it; else always `models`."""
+        """`expected` says what must be ready at any later moment, when rollouts change it; else always `models`.
+        `alone` keeps rollouts away while the autoscaler changes something, and says False when one is at work."""
         self.settings = settings or ServeSettings()
-        self.models = tuple(models)
-        self.expected = expected or (lambda: self.models)
+        self.models = tuple(self._bounded(models))
+        self._meant = expected or (lambda: self.models)
         self.folder: Path | None = None
         """The private temp folder while running."""
         self.seconds_to_ready: float = 0.0
@@ -147,6 +165,9 @@ class Server:
         )
         self._watch = Watch(self._management, self.expected)
         self._watchdog: Watchdog | None = None
+        self._autoscaler: Autoscaler | None = None
+        self._alone = alone
+        self._holds_requests = False
         self._port: Port | None = None
         self._proved = False
         self._draining = False
@@ -176,6 +197,17 @@ class Server:
     def pid(self) -> int | None:
         """java's process id while it runs."""
         return self._process.pid if self._process is not None else None
+
+    def expected(self) -> Sequence[ServedModel]:
+        """What is meant to be served at this moment, with the numbers of workers that the autoscaler has come to."""
+        models = self._bounded(self._meant())
+        numbers = self._autoscaler.numbers() if self._autoscaler is not None else {}
+        return [_with_workers(model, numbers.get((model.name, model.version))) for model in models]
+
+    def _bounded(self, models: Sequence[ServedModel]) -> list[ServedModel]:
+        if self.settings.autoscale:
+            return list(models)
+        return [replace(model, autoscale=None) for model in models]
 
     def log_tail(self, lines: int = 40) -> str:
         """The last lines that java and the workers printed."""
@@ -212,6 +244,8 @@ class Server:
         self._watch.start(self.settings.watch_seconds)
         if self._watchdog is not None:
             self._watchdog.start()
+        if self._autoscaler is not None:
+            self._autoscaler.start()
         self.seconds_to_ready = time.monotonic() - started
 
     def stop(self, *, drain: bool = True) -> None:
@@ -219,6 +253,8 @@ class Server:
         if drain and self.alive():
             self._drain()
         self._draining = True
+        if self._autoscaler is not None:
+            self._autoscaler.stop()
         if self._watchdog is not None:
             self._watchdog.stop()
         self._watch.stop()
@@ -321,7 +357,8 @@ class Server:
             option = "--port" if kind == "inference" else f"--{kind}-port"
             processes.require_port(settings.host(kind), settings.port(kind), purpose=kind, option=option)
         self.folder, self._lock = processes.private_folder()
-        self._watchdog = Watchdog(self.folder, settings, self.expected, self._watch, self._log)
+        changing = threading.Lock()
+        self._watchdog = Watchdog(self.folder, settings, self.expected, self._watch, self._log, changing=changing)
         file = self.folder / "config.properties"
         file.write_text(properties.render(base, self._overrides(snapshot)), encoding="ascii")
         command = java.command(
@@ -332,6 +369,10 @@ class Server:
             vm_options=shlex.split(base.entries.get("vmargs", "")),
             in_front=self._patched_jars(self.folder),
         )
+        self._autoscaler = Autoscaler(
+            self.folder, settings, lambda: self._bounded(self._meant()), self._log,
+            may_sleep=self._holds_requests, changing=changing, alone=self._alone,
+        )  # fmt: skip
         return command, self._child_environment(self.folder)
 
     def _patched_jars(self, folder: Path) -> list[Path]:
@@ -340,6 +381,7 @@ class Server:
         patched = frontend_patch.write(java.torchserve_home(), folder)
         if patched.refused:
             self._log.note(f"TorchServe's front end stays as it is in part: {'; '.join(patched.refused)}", level="WARN")
+        self._holds_requests = frontend_patch.HOLDING in patched.applied
         return [patched.jar] if patched.jar is not None else []
 
     def _model_store(self) -> Path:
@@ -489,7 +531,8 @@ class Server:
         state = self._watch.look()
         if in_flight is None or state.unanswered:
             return 1
-        return max(in_flight, state.pending)
+        own = self._autoscaler.own_requests() if self._autoscaler is not None else 0
+        return max(in_flight, state.pending - own)
 
     def _asked_again(self) -> bool:
         """Whether a signal came since the stop began."""
@@ -599,11 +642,19 @@ class _Supervised:
     def models(self) -> Sequence[ServedModel]:
         return self._server.expected()
 
+    def scaling(self) -> Sequence[Scaling]:
+        found = self._server._autoscaler
+        return found.scaling() if found is not None else ()
+
     def failures(self) -> dict[str, str]:
         return {failure.label: failure.cause for failure in self._server._log.failures()}
 
     def request_drain(self) -> None:
         self._server.request_drain()
+
+
+def _with_workers(model: ServedModel, numbers: tuple[int, int] | None) -> ServedModel:
+    return model if numbers is None else replace(model, scaled=numbers[0], scaled_required=numbers[1])
 
 
 def _feed(read: Callable[[int], bytes], take: Callable[[bytes], None]) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from marina import store as model_store
 from marina.archive import NAME_PATTERN, VERSION_PATTERN
+from marina.autoscale import Autoscale
 from marina.client import ModelStatus
 from marina.errors import ClientError, StoreError
 from marina.journal import Begun, Journal, sync_folder
@@ -26,6 +28,8 @@ from marina.server import ServedModel
 
 SERVING_FILE = "serving.json"
 LOCK_FILE = ".rollout.lock"
+_SCALING_SECONDS = 15.0
+"""How long a rollout waits for a server that is changing a number of workers by itself."""
 
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN.pattern}$", max_length=200)]
 Version = Annotated[str, StringConstraints(pattern=f"^{VERSION_PATTERN.pattern}$", max_length=100)]
@@ -55,6 +59,8 @@ class ModelServing(_Frozen):
     """Version -> workers."""
     previous: Previous | None = None
     """The default before this one; its archive is in the store, whether it is still served or not."""
+    autoscale: Autoscale | None = None
+    """Bounds between which each server changes the number of workers by itself; None: `versions` says how many."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -131,7 +137,7 @@ def adopted(known: Serving | None, seen: Sequence[ModelStatus]) -> Serving:
     """
     models = dict(known.models) if known is not None else {}
     for name in {status.name for status in seen}:
-        found = {status.version: status for status in seen if status.name == name and status.workers}
+        found = {status.version: status for status in seen if status.name == name and (status.workers or status.asleep)}
         default = next((version for version, status in found.items() if status.default), None)
         if default is None:
             continue
@@ -141,10 +147,13 @@ def adopted(known: Serving | None, seen: Sequence[ModelStatus]) -> Serving:
         models[name] = ModelServing(
             default=default,
             versions={
-                version: status.ready_workers if status.ready_workers == meant.get(version) else len(status.workers)
+                version: status.ready_workers
+                if status.ready_workers == meant.get(version)
+                else len(status.workers) or meant.get(version, 1)  # the latter when it is asleep
                 for version, status in found.items()
             },
             previous=previous if previous is not None and previous.version != default else None,
+            autoscale=before.autoscale if before is not None else None,
         )
     return Serving(models=models)
 
@@ -171,7 +180,11 @@ def read(store: Path) -> Serving | None:
 
 def write(store: Path, serving: Serving) -> None:
     """Replace the file: whoever reads it, whenever this process or the machine dies, sees the old or the new state."""
-    text = json.dumps(serving.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    values = serving.model_dump(mode="json")
+    for model in values["models"].values():
+        if model["autoscale"] is None:
+            del model["autoscale"]
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     partial = store / f".{SERVING_FILE}.partial"  # the only writer holds the rollout lock
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -188,15 +201,40 @@ def rollout_lock(store: Path) -> Iterator[None]:
     store.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(store / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise NotServed(
-                f"another rollout is at work on {store}", remedy="wait until it has ended, then look: marina status"
-            ) from None
+        ends = time.monotonic() + _SCALING_SECONDS
+        while not _locked(descriptor, fcntl.LOCK_EX):
+            # Shared: a server that is about to change a number of workers by itself, which is soon done.
+            if not _locked(descriptor, fcntl.LOCK_SH) or time.monotonic() > ends:
+                raise NotServed(
+                    f"another rollout is at work on {store}", remedy="wait until it has ended, then look: marina status"
+                )
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def scaling(store: Path) -> Iterator[bool]:
+    """While the block lasts no rollout begins; False when one is at work. Needs no right to write."""
+    try:
+        descriptor = os.open(store / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield True  # nobody has ever rolled anything out here
+        return
+    try:
+        yield _locked(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def in_progress(store: Path) -> bool:
@@ -247,7 +285,8 @@ def _as_meant(item: ServedModel, model: ModelServing) -> ServedModel:
     workers = model.versions[item.version]
     most = item.config.get("maxWorkers", workers)
     config = {**item.config, "minWorkers": workers, "maxWorkers": max(workers, most)}
-    return dataclasses.replace(item, default=item.version == model.default, config=config)
+    default = item.version == model.default
+    return dataclasses.replace(item, default=default, config=config, autoscale=model.autoscale)
 
 
 class Following:

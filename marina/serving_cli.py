@@ -78,7 +78,9 @@ def serve(
     models = store.to_serve(store.select(folder, names)) if names else serving.at_start(folder)
     if not names:
         _tell_of_newer(screen, folder, models)
-    server = Server(models, settings, prove=prove, expected=serving.Following(folder, models))
+    server = Server(
+        models, settings, prove=prove, expected=serving.Following(folder, models), alone=lambda: serving.scaling(folder)
+    )
 
     def announce(line: str) -> None:
         screen.result({"ready": server.inference_url, "models": [f"{model.name}:{model.version}" for model in models]})

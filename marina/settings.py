@@ -58,6 +58,10 @@ class ServeSettings(BaseModel):
     """A batch is given up after ten times the longest one before it, and after no less than this (marina/watchdog.py)."""
     worker_memory_mb: int = Field(default=0, ge=0)
     """A worker with more resident memory is started anew once it is idle; 0: no limit."""
+    autoscale: bool = True
+    """Whether models that have bounds (`[models.NAME.autoscale]` of deploy.toml) are scaled within them."""
+    autoscale_memory_mb: int = Field(default=0, ge=0)
+    """What all workers may take together on the host when workers are added; 0: what the system has free."""
     log_level: Level = "warning"
     """Lines below it are not passed on; requests have their own switch."""
     log_requests: bool = True

@@ -37,6 +37,11 @@ class Expected(Protocol):
     @property
     def workers(self) -> int: ...
     @property
+    def required(self) -> int:
+        """Of them, how many must be ready for the server to be."""
+        ...
+
+    @property
     def sha256(self) -> str: ...
 
 
@@ -47,7 +52,9 @@ class VersionState:
     name: str
     version: str
     expected: int
-    """Workers that must be ready."""
+    """Workers that it is meant to have."""
+    required: int
+    """Workers that must be ready: fewer, while an autoscaled version grows or sleeps."""
     ready: int
     """Workers that can answer."""
     dead: int
@@ -56,6 +63,34 @@ class VersionState:
     remaining_capacity: int
     restarts: int
     """Times since the start that a worker came back as another process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """How one autoscaled model version stands (marina/autoscale_loop.py)."""
+
+    name: str
+    version: str
+    min: int
+    max: int
+    wanted: int
+    """Workers, after the last decision."""
+    reason: str
+    """Of the last decision that was not to go on as before; else of the last one."""
+    utilisation: float | None = None
+    wait: float | None = None
+    """Seconds."""
+    limit: str = ""
+    """What keeps it from more workers: `max`, `memory`, or nothing."""
+    host_bytes: int = 0
+    """Of a further worker; 0 while not known."""
+    gpu_bytes: int = 0
+    changes: tuple[tuple[str, int], ...] = ()
+    """(action, times) since the start."""
+
+    def as_dict(self) -> dict[str, object]:
+        """As JSON shows it."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"changes": dict(self.changes)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +111,9 @@ class State:
         if self.unanswered:
             return [self.unanswered]
         return [
-            f"{item.name} {item.version}: {item.ready} of {item.expected} workers ready"
+            f"{item.name} {item.version}: {item.ready} of {item.required} workers ready"
             for item in self.versions
-            if item.ready < item.expected
+            if item.ready < item.required
         ]
 
     @property
@@ -165,6 +200,7 @@ class Watch:
             name=item.name,
             version=item.version,
             expected=item.workers,
+            required=item.required,
             ready=ready,
             dead=dead,
             pending=pending,
@@ -183,10 +219,18 @@ class Watch:
 
 def accepted(metrics_url: str, *, timeout: float = 3.0) -> int:
     """Predictions that TorchServe has taken on since its start. Raises requests.RequestException."""
+    return sum(accepted_by_version(metrics_url, timeout=timeout).values())
+
+
+def accepted_by_version(metrics_url: str, *, timeout: float = 3.0) -> dict[tuple[str, str], int]:
+    """The same by (model, version); the version is `default` where the request named none."""
     answer = requests.get(f"{metrics_url}/metrics", params={"name[]": f"{_ACCEPTED}_total"}, timeout=timeout)
     answer.raise_for_status()
     families = text_string_to_metric_families(answer.text)
-    return int(sum(sample.value for family in families if family.name == _ACCEPTED for sample in family.samples))
+    found: Counter[tuple[str, str]] = Counter()
+    for sample in (sample for family in families if family.name == _ACCEPTED for sample in family.samples):
+        found[sample.labels.get("model_name", ""), sample.labels.get("model_version", "")] += int(sample.value)
+    return dict(found)
 
 
 class Supervised(Protocol):
@@ -198,6 +242,7 @@ class Supervised(Protocol):
     def in_flight(self) -> int | None: ...
     def state(self) -> State: ...
     def models(self) -> Sequence[Expected]: ...
+    def scaling(self) -> Sequence[Scaling]: ...
     def failures(self) -> Mapping[str, str]: ...
     def request_drain(self) -> None: ...
 
@@ -238,10 +283,45 @@ class SupervisorMetrics(Collector):
             recycled.add_metric((name, version, cause), count)
         yield recycled
         yield _gauge("marina_inputs_refused", "inputs that have ended two workers and are refused", state.refused)
+        yield from _scaling(self._supervised.scaling())
 
 
+def _scaling(found: Sequence[Scaling]) -> Iterator[Metric]:
+    for name, text, attribute in _SCALING_GAUGES:
+        family = GaugeMetricFamily(name, text, labels=("model", "version"))
+        for item in found:
+            value = getattr(item, attribute)
+            if value is not None:
+                family.add_metric((item.name, item.version), value)
+        yield family
+    limited = GaugeMetricFamily(
+        "marina_autoscale_limited",
+        "1 while more workers are wanted than there may be",
+        labels=("model", "version", "by"),
+    )
+    changes = CounterMetricFamily(
+        "marina_autoscale_changes", "changes of the number of workers", labels=("model", "version", "action")
+    )
+    for item in found:
+        for by in ("max", "memory"):
+            limited.add_metric((item.name, item.version, by), float(item.limit == by))
+        for action, count in item.changes:
+            changes.add_metric((item.name, item.version, action), count)
+    yield limited
+    yield changes
+
+
+_SCALING_GAUGES = (
+    ("marina_autoscale_min", "fewest workers", "min"),
+    ("marina_autoscale_max", "most workers", "max"),
+    ("marina_autoscale_wanted", "workers after the last decision", "wanted"),
+    ("marina_autoscale_utilisation", "share of the time that workers were busy lately", "utilisation"),
+    ("marina_autoscale_wait_seconds", "time that requests wait for a worker, lately", "wait"),
+    ("marina_autoscale_worker_host_bytes", "host memory that a further worker is expected to take", "host_bytes"),
+    ("marina_autoscale_worker_gpu_bytes", "GPU memory that a further worker is expected to take", "gpu_bytes"),
+)
 _VERSION_GAUGES = (
-    ("marina_workers_expected", "workers that must be ready", "expected"),
+    ("marina_workers_expected", "workers that it is meant to have", "expected"),
     ("marina_workers_ready", "workers that can answer", "ready"),
     ("marina_workers_dead", "workers that are loading again or were given up", "dead"),
     ("marina_queue_pending", "requests waiting in TorchServe's queue", "pending"),
@@ -256,7 +336,7 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 
 class Port:
-    """`GET /livez`, `/readyz`, `/metrics` and, from this machine only, `GET /failures` and `POST /drain`."""
+    """`GET /livez`, `/readyz`, `/metrics` and, from this machine only, `GET /failures`, `/autoscale`, `POST /drain`."""
 
     def __init__(self, host: str, port: int, supervised: Supervised) -> None:
         """Listens at once; OSError when it cannot."""
@@ -303,6 +383,9 @@ def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tupl
     def failures() -> _Reply:
         return _json(200, supervised.failures())
 
+    def autoscale() -> _Reply:
+        return _json(200, [item.as_dict() for item in supervised.scaling()])
+
     def drain() -> _Reply:
         supervised.request_drain()
         return _json(202, {"draining": True})
@@ -312,6 +395,7 @@ def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tupl
         ("GET", "/readyz"): readyz,
         ("GET", "/metrics"): metrics,
         ("GET", "/failures"): failures,
+        ("GET", "/autoscale"): autoscale,
         ("POST", "/drain"): drain,
     }
 
@@ -336,7 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
     routes: Mapping[tuple[str, str], Callable[[], _Reply]]
 
     def do_GET(self) -> None:
-        self._answer("GET", private=self.path.startswith("/failures"))
+        self._answer("GET", private=self.path.startswith(("/failures", "/autoscale")))
 
     def do_POST(self) -> None:
         self._answer("POST", private=True)

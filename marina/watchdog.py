@@ -115,8 +115,12 @@ class Watchdog:
         models: Callable[[], Sequence[Guarded]],
         watch: Watch,
         log: ServerLog,
+        *,
+        changing: threading.Lock | None = None,
     ) -> None:
-        """Before java starts: workers look for the quarantine's folder in `temp`, which they share, when they start."""
+        """Before java starts: workers look for the quarantine's folder in `temp`, which they share, when they start.
+        `changing` is held by whoever changes the number of workers in this process."""
+        self._changing = changing or threading.Lock()
         self._quarantine = Quarantine(temp)
         self._url = settings.url("management")
         self._hang_seconds = settings.hang_seconds
@@ -191,7 +195,9 @@ class Watchdog:
         now = time.monotonic()
         for listed_worker in status.workers:
             self._look_at_worker(model, listed_worker, now)
-        self._restart_waiting(key, model, status, now)
+        with contextlib.ExitStack() as held:
+            if self._may_change(held):  # else at the next look
+                self._restart_waiting(key, model, status, now)
 
     def _look_at_worker(self, model: Guarded, listed: WorkerStatus, now: float) -> None:
         key = (model.name, model.version)
@@ -346,7 +352,16 @@ class Watchdog:
             while worker.watched is not None and time.monotonic() < ends:
                 self._wait(LOOK_SECONDS)  # before the parking lets go
 
+    def _may_change(self, held: contextlib.ExitStack) -> bool:
+        """Whether nobody else in this process changes workers; until `held` is left."""
+        if not self._changing.acquire(blocking=False):
+            return False
+        held.callback(self._changing.release)
+        return True
+
     def _emptied(self, held: contextlib.ExitStack, key: Key, pid: int) -> bool:
+        if not self._may_change(held):
+            return False
         parking = held.enter_context(Parking(self._url, *key))
         try:
             if parking.supported():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from marina import replica as replica_module
+from marina import processes
 from marina.client import ModelStatus
 from marina.errors import Refused
 from marina.replica import LocalReplica
@@ -89,7 +89,7 @@ def management(workers: list[subprocess.Popen[bytes]]) -> Management:
 
 @pytest.fixture
 def replica(management: Management, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalReplica]:
-    monkeypatch.setattr(replica_module, "_END_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "_LEFT_OVER_SECONDS", 0.2)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(management))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
