@@ -142,15 +142,21 @@ def test_tampering_is_repaired(stage: Stage) -> None:
             }
             took = {}
             for what, tamper in tampering.items():
+                before = output.read_text().count("repaired: ")
                 tamper()
                 began = time.monotonic()
-                eventually(lambda: stage.versions() != meant, f"{what}: the tampering", seconds=SLOW)
+                eventually(
+                    lambda before=before: output.read_text().count("repaired: ") > before, f"{what}: seen", seconds=SLOW
+                )
                 eventually(lambda: stage.versions() == meant, f"{what}: repaired", seconds=SLOW)
                 took[what] = round(time.monotonic() - began, 1)
             print(f"repaired after {took} s")  # noqa: T201 - a figure, for whoever reads the test's output
         finally:
             watching.send_signal(signal.SIGINT)
-            watching.wait(30)
+            try:
+                watching.wait(30)
+            finally:
+                watching.kill()
     assert watching.returncode == 130, output.read_text()
     assert "repaired: local: tiny: default: 2.0 -> 1.0" in output.read_text()
 
