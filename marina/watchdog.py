@@ -121,6 +121,7 @@ class Watchdog:
         """Before java starts: workers look for the quarantine's folder in `temp`, which they share, when they start.
         `changing` is held by whoever changes the number of workers in this process."""
         self._changing = changing or threading.Lock()
+        self._temp = temp
         self._quarantine = Quarantine(temp)
         self._url = settings.url("management")
         self._hang_seconds = settings.hang_seconds
@@ -209,7 +210,7 @@ class Watchdog:
             self._began(worker, listed.pid)
         self._tell_end(key, listed.id, worker)
         if worker.watched is None:
-            if _is_starting(listed.id):
+            if is_starting(self._temp, listed.id):
                 worker.gone_since = None
             else:
                 worker.gone_since = worker.gone_since or now
@@ -413,12 +414,16 @@ class Watchdog:
                 self._management.scale(key[0], model.workers, key[1], wait=False)
 
 
-def _is_starting(worker_id: str) -> bool:
-    """Whether a process runs for this entry that TorchServe does not know the number of yet."""
-    socket = f".ts.sock.{worker_id}"
+def is_starting(temp: Path, worker_id: str) -> bool:
+    """Whether a process runs for this entry that TorchServe does not know the number of yet.
+
+    By the whole path of its socket in the server's own temp folder: every server of a machine has a worker 9000, and the
+    host sees those of its containers.
+    """
+    socket = str(temp / f".ts.sock.{worker_id}")
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if any(part.endswith(socket) for part in process.cmdline()):
+            if socket in process.cmdline():
                 return process.status() != psutil.STATUS_ZOMBIE
     return False
 
