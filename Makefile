@@ -53,7 +53,7 @@ bench: setup ## compare with other servers on this machine (45 minutes, nothing 
 	$(BIN)/python -m benchmarks --device $(if $(filter auto,$(DEVICE)),cpu,$(DEVICE)) $(if $(DATA),--data-root $(DATA))
 
 .PHONY: chaos
-chaos: setup ## measure the promises under faults (12 minutes, nothing else running); CHAOS="--quick", "--soak 10", "--cycles 200"
+chaos: setup ## measure the promises under faults (nothing else running); CHAOS="--quick", "--soak 10", "--cycles 200"
 	$(BIN)/python -m benchmarks.chaos $(CHAOS)
 
 .PHONY: check

@@ -105,7 +105,7 @@ def tables(
     results: Annotated[Path, typer.Argument(help="A JSON file of `compare`.")] = Path("benchmarks/results/cpu.json"),
 ) -> None:
     """Write the tables and plots of README.md again, from a results file."""
-    report.write(results.resolve())
+    report.write(results)
 
 
 def _profile(name: str) -> schedule.Profile:

@@ -24,6 +24,7 @@ _COLOURS = {"marina": "#1b6ca8", "torchserve": "#b23a48", "optimised": "#6a994e"
 
 def write(results: Path, readme: Path = README) -> None:
     """Replace what stands between the markers of this device, and draw its plots beside the results file."""
+    results, readme = results.resolve(), readme.resolve()
     record = json.loads(results.read_text(encoding="utf-8"))
     device = record["identity"]["device"]
     plots = draw(record, results.parent, device)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from marina import compose, load_payloads, loadgen, remote
 from marina import store as model_store
-from marina.client import ManagementClient
+from marina.client import ManagementClient, read_key
 from marina.errors import ClientError, ConfigError, Refused, StoreError, Unreachable
 from marina.home import find_home
 from marina.load_payloads import Load
@@ -323,12 +323,7 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def _authorization(key_file: Path | None) -> dict[str, str]:
-    if key_file is None:
-        return {}
-    try:
-        return {"Authorization": f"Bearer {key_file.read_text('ascii').strip()}"}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key file {key_file} cannot be read: {error}", remedy="make up writes one") from error
+    return {} if key_file is None else {"Authorization": f"Bearer {read_key(key_file)}"}
 
 
 def _check(expect: str | None, check: str | None, load: Load) -> Check | None:

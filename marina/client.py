@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -129,6 +130,14 @@ class ModelStatus:
     def ready_workers(self) -> int:
         """Workers that can answer now."""
         return sum(worker.ready for worker in self.workers)
+
+
+def read_key(path: Path) -> str:
+    """A client's key for the gateway. Raises ConfigError."""
+    try:
+        return path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {path} cannot be read: {error}", remedy="make up writes one") from error
 
 
 class InferenceClient:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from handlerlib.engine_spec import EngineSpec
 from handlerlib.spec import ModelSpec
 from marina import store
-from marina.client import Answer, InferenceClient, Label
-from marina.errors import ArchiveError, ClientError, ConfigError, Refused
+from marina.client import Answer, InferenceClient, Label, read_key
+from marina.errors import ArchiveError, ClientError, Refused
 from marina.home import Home
 from marina.progress import Step
 
@@ -119,12 +119,7 @@ class Score:
 
 def open_client(url: str, key_file: Path | None = None) -> InferenceClient:
     """A client of the address, with the gateway's key where a file holds one. Raises ConfigError."""
-    if key_file is None:
-        return InferenceClient(url)
-    try:
-        return InferenceClient(url, key=key_file.read_text("ascii").strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key file {key_file} cannot be read: {error}", remedy="make up writes one") from error
+    return InferenceClient(url, key=None if key_file is None else read_key(key_file))
 
 
 def score(client: InferenceClient, options: Options, home: Home, report: Callable[[Step], None]) -> Score:

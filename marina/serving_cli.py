@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from marina import processes, serving, store
-from marina.client import Answer, InferenceClient
-from marina.errors import ClientError, ConfigError
+from marina.client import Answer, InferenceClient, read_key
+from marina.errors import ClientError
 from marina.golden import prove
 from marina.home import find_home
 from marina.progress import ProgressReporter
@@ -103,7 +103,7 @@ def predict(
 ) -> None:
     """Ask a served model about image files. A bad file is reported and does not stop the others."""
     screen = Screen(as_json)
-    client = InferenceClient(url, key=None if key_file is None else _read_key(key_file))
+    client = InferenceClient(url, key=None if key_file is None else read_key(key_file))
     results = [_predict_one(client, name, path, version, top_k) for path in images]
     screen.result({"model": name, "results": results})
     screen.table(("image", "label", "probability"), _prediction_rows(results))
@@ -162,13 +162,6 @@ def _tell_of_newer(screen: Screen, folder: Path, models: Sequence[ServedModel]) 
                 f"{item.name} {deployed[item.name]} was deployed and is served; "
                 f"{item.version} is newer: marina deploy {item.name}"
             )
-
-
-def _read_key(path: Path) -> str:
-    try:
-        return path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key file {path} cannot be read: {error}", remedy="make up writes one") from error
 
 
 def _predict_one(

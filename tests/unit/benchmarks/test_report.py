@@ -1,6 +1,7 @@
 """The README's tables say what the results file says."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,12 @@ def test_tables_and_plots_are_written_from_the_file(record, tmp_path):
     for name in ("throughput", "latency", "growth"):
         assert f"(results/cpu-{name}.png)" in text
         assert (results.parent / f"cpu-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_results_file_may_be_named_from_where_one_stands(record, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    report.write(Path("results/cpu.json"), tmp_path / "README.md")
+    assert "](results/cpu-throughput.png)" in (tmp_path / "README.md").read_text()
