@@ -113,7 +113,7 @@ def _conditions(record: Mapping[str, Any]) -> str:
     versions = record["package_versions"] | record["versions"]
     lines = [
         f"Measured on {record['date']}, profile `{record['profile']}`"
-        + (", **partial: some systems were not measured**" if record["partial"] else "")
+        + (", **partial: not everything was measured**" if record["partial"] else "")
         + f". {machine['cores']} cores of {processor}, {machine['memory_gib']} GiB{gpus}; "
         f"{machine['system']}, Python {machine['python']}.",
         f"Model {model['artifact']} ({model['architecture']['name']} at {model['architecture']['height']} px); "
