@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -30,21 +31,33 @@ _LOCK_FILE = "in-use"
 # Runs before java, in a process of its own: preexec_fn is unsafe in a process with threads. The signal follows the
 # death of the thread that started us, so `spawn` must be called from a thread that lives as long as the child.
 _DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
+import ctypes, json, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if os.getppid() != int(sys.argv[1]):
         sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+beside = json.loads(sys.argv[2])
+if beside:
+    os.posix_spawn(beside[0], beside, {name: os.environ[name] for name in os.environ if name not in sys.argv[3].split()})
+os.execv(sys.argv[4], sys.argv[4:])
 """
 
 
-def spawn(command: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    beside: Sequence[str] = (),
+    hidden: Iterable[str] = (),
+) -> subprocess.Popen[bytes]:
     """Start `command` in a session of its own, stdout and stderr in one pipe; it gets SIGTERM when we die.
 
-    Call it from a thread that lives as long as the child.
+    The command `beside` is started as its child, in the same session and with the same streams, without the environment
+    variables `hidden`. Call it from a thread that lives as long as the child.
     """
-    launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    given = [str(os.getpid()), json.dumps([*beside]), " ".join(hidden)]
+    launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, *given, *command]
     return subprocess.Popen(
         launcher,
         cwd=folder,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -25,7 +26,7 @@ from typing import Any, Literal, TextIO
 
 import requests
 
-from marina import frontend_patch, java, processes, properties
+from marina import fork_server, fork_worker, frontend_patch, java, processes, properties
 from marina.autoscale import Autoscale
 from marina.autoscale_loop import Autoscaler
 from marina.client import NO_RETRIES, InferenceClient, ManagementClient, Timeout
@@ -39,6 +40,7 @@ Reason = Literal["SIGINT", "SIGTERM", "drain"]
 _Event = Literal["SIGINT", "SIGTERM", "drain", "ended"]
 
 _POLL_SECONDS = 0.1
+_FORK_SOCKET = "fork.sock"
 _READ_BYTES = 65536
 """As much as a pipe holds."""
 _READ_PAUSE_SECONDS = 0.01
@@ -172,6 +174,10 @@ class Server:
         self._proved = False
         self._draining = False
         self._lock: int | None = None
+        self._forking: Path | None = None
+        """What java starts in place of python, with a fork server."""
+        self._hidden: list[str] = []
+        """Environment variables that workers do not get."""
 
     @property
     def inference_url(self) -> str:
@@ -321,6 +327,10 @@ class Server:
             return ["the management interface has not answered lately", *state.missing()]
         return state.missing()
 
+    def stuck(self) -> bool:
+        """Whether requests that are here wait in vain: java is gone, or every worker of a version."""
+        return not self.alive() or (self._proved and self._watch.state.stuck)
+
     def in_flight(self) -> int | None:
         """Predictions accepted and not yet answered, never too few; None when TorchServe does not say."""
         finished = self._log.finished  # read first: what ends in between counts as still in flight
@@ -359,6 +369,9 @@ class Server:
         self.folder, self._lock = processes.private_folder()
         changing = threading.Lock()
         self._watchdog = Watchdog(self.folder, settings, self.expected, self._watch, self._log, changing=changing)
+        self._forking = fork_worker.program() if settings.fork_server else None
+        if settings.fork_server and self._forking is None:
+            self._log.note("each worker imports torch by itself: `marina-worker` is not beside `marina`; install again")
         file = self.folder / "config.properties"
         file.write_text(properties.render(base, self._overrides(snapshot)), encoding="ascii")
         command = java.command(
@@ -368,12 +381,18 @@ class Server:
             temp=self.folder,
             vm_options=shlex.split(base.entries.get("vmargs", "")),
             in_front=self._patched_jars(self.folder),
+            python=str(self._forking or sys.executable),
         )
         self._autoscaler = Autoscaler(
             self.folder, settings, lambda: self._bounded(self._meant()), self._log,
             may_sleep=self._holds_requests, changing=changing, alone=self._alone,
         )  # fmt: skip
-        return command, self._child_environment(self.folder)
+        environment = self._child_environment(self.folder)
+        if self._forking is not None:
+            environment[fork_server.SOCKET_VARIABLE] = str(self.folder / _FORK_SOCKET)
+            hidden = re.compile(base.entries.get("blacklist_env_vars", "(?!)"))
+            self._hidden = [name for name in environment if hidden.search(name)]
+        return command, environment
 
     def _patched_jars(self, folder: Path) -> list[Path]:
         if not self.settings.frontend_patches:
@@ -446,11 +465,14 @@ class Server:
         """Start java in the thread that reads it: its life follows that thread's."""
         assert self.folder is not None
         folder = self.folder
+        beside = fork_server.command(folder / _FORK_SOCKET) if self._forking is not None else ()
         spawned: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                process = processes.spawn(command, environment=environment, folder=folder)
+                process = processes.spawn(
+                    command, environment=environment, folder=folder, beside=beside, hidden=self._hidden
+                )
             except OSError as error:
                 spawned.put(error)
                 return
@@ -629,6 +651,9 @@ class _Supervised:
 
     def not_ready(self) -> list[str]:
         return self._server.not_ready()
+
+    def stuck(self) -> bool:
+        return self._server.stuck()
 
     def draining(self) -> bool:
         return self._server._draining

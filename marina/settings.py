@@ -48,6 +48,8 @@ class ServeSettings(BaseModel):
     """auto: GPUs where there are any; gpu: refuse to start without one."""
     frontend_patches: bool = True
     """Batches without waiting and fewer detours in TorchServe's java (marina/frontend_patch.py); False: as it ships."""
+    fork_server: bool = True
+    """Workers are forked from one process that has imported torch (marina/fork_server.py); False: each imports it."""
     startup_timeout: float = Field(default=300.0, gt=0)
     """Seconds until every worker must be ready."""
     drain_seconds: float = Field(default=30.0, ge=0)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from prometheus_client.registry import Collector
 from marina.client import ManagementClient, ModelStatus
 from marina.errors import ClientError, Refused
 
+UP_HEADER = "X-Marina-Up"
+"""Of the gateway's health checks (deploy/gateway/haproxy.cfg): how many replicas it sends requests to."""
 _ACCEPTED = "ts_inference_requests"
 
 
@@ -115,6 +118,11 @@ class State:
             for item in self.versions
             if item.ready < item.required
         ]
+
+    @property
+    def stuck(self) -> bool:
+        """Whether requests wait for a version of which no worker can answer."""
+        return any(item.required > 0 and item.ready == 0 for item in self.versions)
 
     @property
     def pending(self) -> int:
@@ -238,6 +246,7 @@ class Supervised(Protocol):
 
     def alive(self) -> bool: ...
     def not_ready(self) -> list[str]: ...
+    def stuck(self) -> bool: ...
     def draining(self) -> bool: ...
     def in_flight(self) -> int | None: ...
     def state(self) -> State: ...
@@ -368,25 +377,27 @@ def _json(status: int, value: object) -> _Reply:
     return _Reply(status, "application/json", json.dumps(value).encode() + b"\n")
 
 
-def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tuple[str, str], Callable[[], _Reply]]:
-    def livez() -> _Reply:
+def _routes(
+    supervised: Supervised, registry: CollectorRegistry
+) -> Mapping[tuple[str, str], Callable[[Message], _Reply]]:
+    def livez(_: Message) -> _Reply:
         alive = supervised.alive()
         return _json(200 if alive else 503, {"alive": alive})
 
-    def readyz() -> _Reply:
+    def readyz(headers: Message) -> _Reply:
         missing = supervised.not_ready()
-        return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
+        return _json(_readiness(supervised, headers, missing), {"ready": not missing, "missing": missing})
 
-    def metrics() -> _Reply:
+    def metrics(_: Message) -> _Reply:
         return _Reply(200, CONTENT_TYPE_LATEST, generate_latest(registry))
 
-    def failures() -> _Reply:
+    def failures(_: Message) -> _Reply:
         return _json(200, supervised.failures())
 
-    def autoscale() -> _Reply:
+    def autoscale(_: Message) -> _Reply:
         return _json(200, [item.as_dict() for item in supervised.scaling()])
 
-    def drain() -> _Reply:
+    def drain(_: Message) -> _Reply:
         supervised.request_drain()
         return _json(202, {"draining": True})
 
@@ -398,6 +409,18 @@ def _routes(supervised: Supervised, registry: CollectorRegistry) -> Mapping[tupl
         ("GET", "/autoscale"): autoscale,
         ("POST", "/drain"): drain,
     }
+
+
+def _readiness(supervised: Supervised, headers: Message, missing: Sequence[str]) -> int:
+    """503 when not ready. The gateway says how many replicas it sees up, this one included; it gets 404 for "nothing new,
+    but leave what is there", and 503 when what is there waits in vain and another replica can be asked.
+    """
+    if not missing:
+        return 200
+    up = headers.get(UP_HEADER, "")
+    if not up.isdecimal() or (supervised.stuck() and int(up) > 1):
+        return 503
+    return 404
 
 
 class _Server(ThreadingHTTPServer):
@@ -417,7 +440,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10
     """Seconds a client may be silent; a slow one holds a thread."""
-    routes: Mapping[tuple[str, str], Callable[[], _Reply]]
+    routes: Mapping[tuple[str, str], Callable[[Message], _Reply]]
 
     def do_GET(self) -> None:
         self._answer("GET", private=self.path.startswith(("/failures", "/autoscale")))
@@ -430,7 +453,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(_json(403, {"error": "only from this machine"}))
             return
         route = self.routes.get((method, self.path.partition("?")[0]))
-        self._send(route() if route is not None else _json(404, {"error": "no such route"}))
+        self._send(route(self.headers) if route is not None else _json(404, {"error": "no such route"}))
 
     def _send(self, reply: _Reply) -> None:
         self.send_response(reply.status)

@@ -41,6 +41,8 @@ Key = tuple[str, str]
 """(model, version)"""
 
 LOOK_SECONDS = 0.5
+_AFTER_END_SECONDS = 0.1
+"""By which TorchServe has noticed the end of a worker too."""
 GONE_SECONDS = 3.0
 """Without a process for longer, TorchServe waits with its next start, or has given up: its first waits are 1, 1 and 2 s."""
 BACKOFF = (0.0, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0)
@@ -168,13 +170,17 @@ class Watchdog:
                 status = self._management.describe(model.name, model.version)
                 self._look_at(model, status)
         self._watch.refused = self._quarantine.refused
+        if any(worker.gone_since is not None for worker in self._workers.values()):
+            # The gateway learns of it at its next question, and asks another replica for what waits here.
+            self._watch.look()
 
     # ---- the rounds
 
     def _keep_looking(self) -> None:
         next_look = 0.0
         while not self._stopped.is_set():
-            self._wait(max(0.0, next_look - time.monotonic()))
+            if self._wait(max(0.0, next_look - time.monotonic())):
+                next_look = min(next_look, time.monotonic() + _AFTER_END_SECONDS)
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK_SECONDS
                 try:
@@ -182,10 +188,12 @@ class Watchdog:
                 except Exception as error:  # noqa: BLE001 - a watchdog that has died watches nothing
                     self._log.note(f"the watchdog stumbled: {type(error).__name__}: {error}", level="ERROR")
 
-    def _wait(self, seconds: float) -> None:
-        """Until a process ends, or so long. What it was at becomes known to the other workers at once."""
-        for descriptor, _ in self._poll.poll(min(seconds, LOOK_SECONDS) * 1e3):
+    def _wait(self, seconds: float) -> bool:
+        """Until a process ends, or so long; whether one has. What it was at becomes known to the other workers at once."""
+        ended = self._poll.poll(min(seconds, LOOK_SECONDS) * 1e3)
+        for descriptor, _ in ended:
             self._ended(self._by_descriptor[descriptor])
+        return bool(ended)
 
     def _look_at(self, model: Guarded, status: ModelStatus) -> None:
         key = (model.name, model.version)

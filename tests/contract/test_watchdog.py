@@ -78,7 +78,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     environment = {**os.environ, "HANDLERLIB": str(torchserve.ROOT / "handlers"), "BROKEN_WHILE": str(broken_while)}
     server = Server(
         [model],
-        torchserve.settings(hang_seconds=1.5, worker_memory_mb=1000, log_requests=False),
+        torchserve.settings(hang_seconds=1.5, worker_memory_mb=1000, log_requests=False, fork_server=True),
         environment=environment,
     )
     found = Watched(server, broken_while)

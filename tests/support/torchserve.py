@@ -57,23 +57,25 @@ def pack(
 
 
 def settings(**changes: Any) -> ServeSettings:
-    """Free ports, CPU, and quick looks at the state."""
+    """Free ports, CPU, and quick looks at the state. Without a fork server: these handlers do not import torch."""
     kinds = ("inference", "management", "metrics", "supervisor")
     ports = dict(zip((f"{kind}_port" for kind in kinds), processes.free_ports(4), strict=True))
     values: dict[str, Any] = {**ports, "device": "cpu", "startup_timeout": 60.0, "watch_seconds": 0.2}
+    values["fork_server"] = False
     return ServeSettings(**{**values, **changes})
 
 
 @contextlib.contextmanager
 def running(models: Sequence[ServedModel], **changes: Any) -> Iterator[Server]:
     """A started server; its log's tail is printed when the block fails."""
-    server = Server(models, settings(**changes))
-    with server:
-        try:
-            yield server
-        except BaseException:
-            sys.stderr.write(server.log_tail(60))
-            raise
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(models, settings(**{"log_file": Path(folder) / "log", **changes}))
+        with server:
+            try:
+                yield server
+            except BaseException:
+                sys.stderr.write(server.log_tail(60))
+                raise
 
 
 @dataclass(frozen=True, slots=True)

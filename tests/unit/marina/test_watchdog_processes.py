@@ -1,12 +1,21 @@
-"""Which processes the watchdog takes for a worker of its server."""
+"""Which processes the watchdog takes for a worker of its server, and what it makes of their ends."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from marina.watchdog import is_starting
+from marina.client import ManagementClient
+from marina.logs import ServerLog
+from marina.quarantine import FOLDER
+from marina.settings import ServeSettings
+from marina.watch import Watch
+from marina.watchdog import Watchdog, is_starting
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_worker_of_another_server_with_the_same_number_is_not_ours(tmp_path: Path) -> None:
@@ -19,3 +28,32 @@ def test_a_worker_of_another_server_with_the_same_number_is_not_ours(tmp_path: P
         assert not is_starting(ours, "9000")
         assert not is_starting(other, "900")
         process.kill()
+
+
+def _die_at_work(temp: Path) -> None:
+    """A worker that is killed at its first request, and gone before anybody has looked at it."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from handlerlib.quarantine import Guard\n"
+        "def work(inputs): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Guard(Path(sys.argv[1])).run([b'deadly'], work)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "handlers")}
+    done = subprocess.run([sys.executable, "-c", code, str(temp / FOLDER)], env=environment, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_worker_that_ended_before_the_first_look_is_judged_all_the_same(tmp_path: Path) -> None:
+    lines: list[str] = []
+    watch = Watch(ManagementClient("http://127.0.0.1:1"), lambda: ())
+    dog = Watchdog(tmp_path, ServeSettings(), lambda: (), watch, ServerLog(lines.append, level="info", requests=False))
+    try:
+        for refused in (0, 1):
+            _die_at_work(tmp_path)
+            dog.look()
+            assert watch.refused == refused
+        assert list((tmp_path / FOLDER).glob("worker-*")) == [], "each end is judged once"
+    finally:
+        dog.stop()
+    assert any("has ended a second worker and is refused" in line for line in lines)

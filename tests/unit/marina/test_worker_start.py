@@ -1,0 +1,63 @@
+"""What starts beside workers that answer stays behind them: imports of a new worker, and the check of an archive."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marina import replay, worker_start
+
+NICE = os.getpriority(os.PRIO_PROCESS, 0)
+"""Of the tests themselves: what starts here begins with it."""
+OWN = "os.getpriority(os.PRIO_PROCESS, threading.get_native_id())"
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """An unpacked archive whose handler notes the priority that it is imported with."""
+    (tmp_path / "MAR-INF").mkdir()
+    (tmp_path / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": {"handler": "own_handler.py"}}))
+    (tmp_path / "own_handler.py").write_text(f"import os, threading\nnice = {OWN}\n")
+    return tmp_path
+
+
+def _run(code: str, *arguments: Path) -> list[str]:
+    """The words that a process of its own, in a session of its own, prints."""
+    lines = f"import os, sys, threading\nsys.path[:0] = [*sys.argv[1:], {str(Path(replay.__file__).parent)!r}]\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", lines, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=True,
+        start_new_session=True,
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+IMPORT = "import worker_start\nworker_start.import_gently([*worker_start.handlers(sys.path)])\n"
+
+
+def test_a_worker_imports_at_low_priority_and_answers_at_its_own(archive: Path, tmp_path: Path) -> None:
+    code = f"print('own_handler' in sys.modules)\nimport own_handler\nprint(own_handler.nice, {OWN})"
+    low = min(19, NICE + worker_start.NICE)
+    assert _run(IMPORT + code, archive, tmp_path / "nothing") == ["True", str(low), str(NICE)]
+
+
+def test_what_cannot_be_imported_says_so_to_the_worker(archive: Path) -> None:
+    (archive / "own_handler.py").write_text("import no_such_module\n")
+    code = "try: import own_handler\nexcept ImportError as error: print(error.name)"
+    assert _run(IMPORT + code, archive) == ["no_such_module"]
+
+
+def test_the_check_of_an_archive_gives_way_to_what_serves() -> None:
+    code = (
+        "import replay; replay.give_way()\n"
+        "print(os.getpriority(os.PRIO_PROCESS, 0))\n"
+        "try: print(open('/proc/self/autogroup').read().split()[-1])\n"
+        "except OSError: pass\n"
+    )
+    own, *session = _run(code)
+    assert int(own) == min(19, NICE + replay.NICE)
+    assert session in ([], [str(replay.NICE)])
