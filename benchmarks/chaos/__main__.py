@@ -1,10 +1,11 @@
 """The promises under faults, measured on this machine.
 
-    python -m benchmarks.chaos [--quick] [--only NAME,...] [--soak MINUTES] [--cycles N] [--requests N]
+    python -m benchmarks.chaos [--quick] [--only NAME,...] [--soak MINUTES] [--cycles N] [--requests N] [--share SHARE]
 
 Two `marina serve` behind HAProxy, open-loop load at 60 % of the capacity measured first, every answer checked. Prints the
-table and writes `benchmarks/results/chaos.json`; with --soak, --cycles or --only, those rows alone are measured and
-take their place in it. A row that fails does not stop the others. Ends with 1 when a promise was not kept.
+table and writes `benchmarks/results/chaos.json` (with --quick only where --json says): the rows measured take their place
+in it, each with its date, the capacity at that time and what else was running; the others stay. A row that fails does not
+stop the others. Ends with 1 when a promise was not kept.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from benchmarks.chaos import cases, endurance, faults, identity, operations, overload, resources
-from benchmarks.chaos.bench import FULL, QUICK, SHARE, Bench, Finding, brief, say
+from benchmarks.chaos.bench import FULL, QUICK, SHARE, Bench, Finding, Form, say
 from benchmarks.chaos.stack import Stack, marina_serve, running
 from benchmarks.errors import BenchmarkError
 from handlerlib.errors import MarinaError
@@ -62,7 +64,7 @@ ROWS = (
         "answered within the deadline or 429 in under 50 ms; goodput >= 90 %; recovered within 5 s",
     ),
     Row("poison", "1 % and 10 % damaged images", "the rest correct; loss at most 5 % and 20 %"),
-    Row("identity", "10^6 requests of an identity model, cancels, retries, killed workers", "0 mixed answers"),
+    Row("identity", "10^6 requests of an identity model, or 2 minutes of them; cancels, retries, killed workers", "0 mixed"),
     Row("soak", "a soak", "0 unexplained errors, memory flat"),
     Row("cycles", "deploy and retire cycles", "memory, temp files, sockets, processes back to the start"),
 )  # fmt: skip
@@ -83,16 +85,20 @@ def main(arguments: Sequence[str]) -> int:
     names = _names(chosen)
     form = QUICK if chosen.quick else FULL
     if chosen.requests:
-        form = dataclasses.replace(form, requests=chosen.requests)
+        form = dataclasses.replace(form, requests=chosen.requests, identity=None)
+    path = chosen.json or (None if chosen.quick else RESULTS)
     found: dict[str, Any] = {}
-    began = time.monotonic()
     with resources.temp_folder() as folder, interruptible():
         os.environ["TMPDIR"] = str(folder)  # of everything that is started here: what stays in it is counted
-        head = _measure(names, form, chosen, folder, found)
-    value = _joined(chosen.json, head | {"form": form.name, "seconds": round(time.monotonic() - began)}, found)
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    sys.stdout.write(table(value) + "\n")
+        try:
+            for name, row in _measure(names, form, chosen, folder):
+                found[name] = row
+                if path is not None:
+                    _write(path, name, row)
+        finally:
+            if chosen.logs is not None:
+                _keep_logs(folder, chosen.logs)
+    sys.stdout.write(table({"rows": found}) + "\n")
     return 0 if all(found[name]["kept"] for name in found) else 1
 
 
@@ -114,9 +120,14 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"of {', '.join(row.name for row in ROWS)}")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help=f"the soak alone ({SOAK_MINUTES:g} with --only)")
     parser.add_argument("--cycles", type=int, metavar="N", help=f"the cycles alone ({CYCLES} with --only)")
-    parser.add_argument("--requests", type=int, metavar="N", help="of the identity model (1,000,000)")
+    parser.add_argument(
+        "--requests", type=int, metavar="N", help="so many of the identity model, however long it takes"
+    )
     parser.add_argument("--share", type=float, default=SHARE, help="of the capacity; less on a machine that others use")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="the results file")
+    parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="keep the logs of the gateway and the servers there"
+    )
+    parser.add_argument("--json", type=Path, help="the results file (results/chaos.json; with --quick: none)")
     return parser.parse_args(arguments)
 
 
@@ -131,37 +142,24 @@ def _names(chosen: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _measure(
-    names: Sequence[str], form: Any, chosen: argparse.Namespace, folder: Path, found: dict[str, Any]
-) -> dict[str, Any]:
-    head: dict[str, Any] = {"machine": machine.describe(), "versions": machine.versions()}
-    head["busy_cores_before"] = round(machine.busy_cores(), 2)
+    names: Sequence[str], form: Form, chosen: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row when it is done."""
     if set(names) != {"identity"}:
-        say("the model: trained once, then found again")
+        say("the model: made once, then found again")
         made = cases.prepare(KEPT_WORK)
         with _served(folder, made) as stack:
             bench = Bench(stack, made, form, chosen.share)
-            head["share_of_capacity"] = chosen.share
             for name in names:
-                if name in _ACTIONS or name == "soak":
-                    _normal(bench, head)
                 action = _action(name, chosen, folder)
                 if action is not None:
-                    found[name] = _row(name, bench, action)
+                    yield name, _row(name, bench, action)
     if "identity" in names:
         say("identity")
-        found["identity"] = _judged(lambda: identity.measure(folder / "echo", form.requests))
-    return head
-
-
-def _normal(bench: Bench, head: dict[str, Any]) -> None:
-    """Once: what the stack can do, and how it answers when nothing happens."""
-    if bench.capacity:
-        return
-    capacity = overload.capacity(bench)
-    say(f"capacity {bench.capacity:.0f}/s, {capacity.failed} failed")
-    quiet = overload.quiet(bench)
-    say(f"quiet: {bench.rate:.0f}/s, p99 {bench.quiet_p99_ms:.1f} ms, {quiet.failed} failed")
-    head |= {"capacity": brief(capacity), "quiet": brief(quiet)}
+        yield (
+            "identity",
+            _judged(lambda: identity.measure(folder / "echo", form.requests, form.identity), {"form": form.name}),
+        )
 
 
 def _action(name: str, chosen: argparse.Namespace, folder: Path) -> Callable[[Bench], Finding] | None:
@@ -174,24 +172,32 @@ def _action(name: str, chosen: argparse.Namespace, folder: Path) -> Callable[[Be
 
 def _row(name: str, bench: Bench, action: Callable[[Bench], Finding]) -> dict[str, Any]:
     say(name)
+    conditions: dict[str, Any] = {"form": bench.form.name}
 
     def measured() -> Finding:
         bench.restore()
+        if name in _ACTIONS or name == "soak":
+            conditions.update(share_of_capacity=bench.share, **overload.normal(bench))
         return action(bench)
 
-    return _judged(measured)
+    return _judged(measured, conditions)
 
 
-def _judged(measure: Callable[[], Finding]) -> dict[str, Any]:
-    """A row that cannot be measured is a promise that was not kept; the others are measured all the same."""
+def _judged(measure: Callable[[], Finding], conditions: dict[str, Any]) -> dict[str, Any]:
+    """A row that cannot be measured is a promise that was not kept; the others are measured all the same. `conditions` is
+    what it was measured under, and may grow meanwhile."""
     began = time.monotonic()
+    conditions["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    before = machine.busy_cores()
     try:
         finding = measure()
     except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the table
         say(f"    {traceback.format_exc()}")
         words = str(error) if isinstance(error, MarinaError) else f"{type(error).__name__}: {error}"
         finding = Finding(f"could not be measured: {words}", kept=False)
-    return dataclasses.asdict(finding) | {"row_seconds": round(time.monotonic() - began, 1)}
+    conditions["others_busy_cores"] = [round(before, 2), round(machine.busy_cores(), 2)]
+    conditions["row_seconds"] = round(time.monotonic() - began, 1)
+    return dataclasses.asdict(finding) | conditions
 
 
 @contextmanager
@@ -207,13 +213,25 @@ def _served(folder: Path, made: cases.Cases) -> Iterator[Stack]:
         yield stack
 
 
+def _keep_logs(folder: Path, kept: Path) -> None:
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in [*folder.glob("*/*.log"), *folder.glob("*/*.out")]:
+        shutil.copyfile(path, kept / path.name)
+
+
+def _write(path: Path, name: str, row: Mapping[str, Any]) -> None:
+    """As soon as it is measured: whoever interrupts the rest keeps it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"machine": machine.describe(), "versions": machine.versions()}
+    text = json.dumps(_joined(path, head, {name: row}), indent=1, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def _joined(path: Path, head: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """A run of every row begins anew; of some rows, they replace theirs and keep the rest."""
-    rows: dict[str, Any] = {}
-    if not set(_BY_DEFAULT) <= set(found) and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        rows = before.get("rows", {})
-        head = before.get("head", {}) | ({} if "capacity" in before.get("head", {}) else dict(head))
+    """What was measured before, with the rows `found` in place of theirs. Figures of another machine are not kept."""
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = before.get("head", {}).get("machine") == head.get("machine")
+    rows = before.get("rows", {}) if same else {}
     return {"head": dict(head), "rows": rows | dict(found)}
 
 

@@ -45,18 +45,20 @@ class Form:
     """Of each stretch."""
     poison_rounds: int
     requests: int
-    """Of the identity model."""
+    """Of the identity model, at most,"""
+    identity: float | None
+    """and for so long at most."""
     canary: float
     """Of each of its shares."""
 
 
 FULL = Form(
-    name="full", capacity=12.0, quiet=20.0, least=10.0, kills=120.0, kill_every=10.0, overload=60.0, poison=8.0,
-    poison_rounds=2, requests=1_000_000, canary=3.0,
+    name="full", capacity=12.0, quiet=15.0, least=10.0, kills=120.0, kill_every=10.0, overload=60.0, poison=4.0,
+    poison_rounds=4, requests=1_000_000, identity=120.0, canary=3.0,
 )  # fmt: skip
 QUICK = Form(
-    name="quick", capacity=6.0, quiet=8.0, least=5.0, kills=21.0, kill_every=10.0, overload=10.0, poison=5.0,
-    poison_rounds=1, requests=50_000, canary=1.0,
+    name="quick", capacity=6.0, quiet=8.0, least=5.0, kills=21.0, kill_every=10.0, overload=10.0, poison=2.0,
+    poison_rounds=3, requests=50_000, identity=60.0, canary=1.0,
 )  # fmt: skip
 
 
@@ -80,6 +82,9 @@ class Bench:
     capacity: float = 0.0
     """Good answers per second of a closed loop."""
     quiet_p99_ms: float = 0.0
+    """When nothing happens, just before the row."""
+    first_p99_ms: float = 0.0
+    """The same when the capacity was measured."""
 
     @property
     def rate(self) -> float:
@@ -160,6 +165,11 @@ class Under:
         """Once the block is left."""
         assert self.result is not None
         return self.result
+
+
+def first_failure(result: Result) -> str:
+    """For people; empty without one."""
+    return f" (the first: {result.failures[0].outcome}: {result.failures[0].detail})" if result.failures else ""
 
 
 def p99_ms(result: Result) -> float:

@@ -4,13 +4,14 @@
 
 The images are scikit-learn's scanned digits as PNG, so that a fresh clone needs no download. The network is the
 demonstration's on images of three times the size: what a request costs shall be the model, so that the load generator,
-which shares the machine, and the refusing of what is too much are small beside it. Trained versions are kept and found
-again.
+which shares the machine, and the refusing of what is too much are small beside it. What was made is kept, and found again
+while the code that makes it is the same.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import json
 import random
@@ -31,6 +32,7 @@ VERSIONS = ("1.0", "2.0")
 IMAGES = 100
 """So many different ones are sent in turn; a damaged one takes the place of every hundredth or tenth."""
 _CASES_FILE = "cases.json"
+_MADE_BY = ("handlers", "training", "marina/archive.py", "marina/model_config.py", "benchmarks/chaos/cases.py")
 _SETTINGS = (f"name={MODEL}", "data.image_size=48", "train.epochs=3", "train.batch_size=16")
 _TYPE = "application/octet-stream"
 
@@ -78,20 +80,43 @@ def _is_damaged(index: int, every: int) -> bool:
 
 def prepare(folder: Path) -> Cases:
     """Train, pack and ask what is not there yet. Raises BenchmarkError with the last words of what failed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.chaos.cases", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        words = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise BenchmarkError(f"the model cannot be made: {words}", remedy="see the message; then try again")
-    value = json.loads((folder / _CASES_FILE).read_text())
+    value = _found(folder / _CASES_FILE)
+    if value is None:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.chaos.cases", str(folder)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            words = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise BenchmarkError(f"the model cannot be made: {words}", remedy="see the message; then try again")
+        value = json.loads((folder / _CASES_FILE).read_text())
     return Cases(
         archives={version: Path(path) for version, path in value["archives"].items()},
         images=tuple(base64.b64decode(text) for text in value["images"]),
         expected=value["expected"],
         tolerance=value["tolerance"],
     )
+
+
+def _found(file: Path) -> dict[str, Any] | None:
+    """What an earlier run has made, when the code is still the same."""
+    try:
+        value: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    there = all(Path(path).is_file() for path in value["archives"].values())
+    return value if there and value.get("made_by") == _made_by() else None
+
+
+def _made_by() -> str:
+    """Digest of the code that trains and packs."""
+    digest = hashlib.sha256()
+    for place in _MADE_BY:
+        path = ROOT / place
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in (".py", ".toml", ".yaml"):
+                digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -107,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0])
     # Exported anew: a version that is there may be of another run, and versions never change.
     shutil.rmtree(folder / "artifacts", ignore_errors=True)
-    value: dict[str, Any] = {"archives": {}, "expected": {}}
+    value: dict[str, Any] = {"made_by": _made_by(), "archives": {}, "expected": {}}
     images: list[bytes] = []
     for seed, version in enumerate(VERSIONS):
         recipe = config.load_recipe("digits", [*_SETTINGS, f"version={version}", f"seed={seed}"])

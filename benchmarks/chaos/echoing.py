@@ -14,9 +14,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import random
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,6 +48,8 @@ class Wish:
     """Share of the requests that are cancelled, and then sent again."""
     largest: int = 1500
     """Bytes of a body, at most."""
+    within: float | None = None
+    """Seconds after which no further request begins; None: all are sent."""
     name: str = "0"
     """Part of every body: several clients at once never send the same."""
 
@@ -113,8 +117,10 @@ class _Client:
         self.connection: _Connection | None = None
 
     async def run(self) -> None:
-        """Until every number is taken."""
-        while self.numbers:
+        """Until every number is taken, or the time is over."""
+        within = self.wish.within
+        ends = math.inf if within is None else time.monotonic() + within
+        while self.numbers and time.monotonic() < ends:
             await self._one(self.numbers.pop())
         self._close()
 

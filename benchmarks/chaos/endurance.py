@@ -91,12 +91,14 @@ def cycles(stack: Stack, archive: Path, count: int, temp: Path, *, before: int =
     first `before` of them were done: they fill caches and load code.
     """
     trial = Trial(sample_seconds=0.0, stages=None)
-    held = [_after_cycles(stack, archive, before, temp, trial)]
+    wait_until(lambda: _only_ready_workers(stack), "only ready workers run", 60.0, log=stack.servers[0].log)
+    roles = _roles(stack)
+    held = [_after_cycles(stack, archive, before, temp, trial, roles)]
     began = time.monotonic()
     done = 0
     while done < count:
         several = min(max(1, count // 20), count - done)
-        held.append(_after_cycles(stack, archive, several, temp, trial))
+        held.append(_after_cycles(stack, archive, several, temp, trial, roles))
         done += several
         say(f"    {done} of {count} cycles, {resources.grown(held[0], held[-1])}")
     per_cycle = max(1, count // 20)
@@ -118,18 +120,30 @@ def cycles(stack: Stack, archive: Path, count: int, temp: Path, *, before: int =
     return Finding(measured, kept, details)
 
 
-def _after_cycles(stack: Stack, archive: Path, count: int, temp: Path, trial: Trial) -> Held:
+def _only_ready_workers(stack: Stack) -> bool:
+    """Nothing of what was done before is still ending."""
+    return all(
+        {pid for pid, role in server.pids().items() if role.endswith(" worker")}
+        == {worker.pid for worker in server.ready_workers()}
+        for server in stack.servers
+    )
+
+
+def _roles(stack: Stack) -> list[list[str]]:
+    return [sorted(server.pids().values()) for server in stack.servers]
+
+
+def _after_cycles(stack: Stack, archive: Path, count: int, temp: Path, trial: Trial, roles: list[list[str]]) -> Held:
     for _ in range(count):
         rollout = Rollout(stack.replicas(), stack.store, python=sys.executable, trial=trial)
         rollout.deploy(archive)
         rollout.rollback(stack.model)
         rollout.retire(stack.model, "2.0")
         (stack.store / archive.name).unlink(missing_ok=True)
-    roles = ["java", "supervisor", "worker"]
 
     def settled() -> bool:
         """Nothing of the last cycle is still ending."""
-        return all(sorted(role.split()[-1] for role in server.pids().values()) == roles for server in stack.servers)
+        return _roles(stack) == roles
 
-    wait_until(settled, "only a supervisor, a java and a worker run", 30.0, log=stack.servers[0].log)
+    wait_until(settled, f"the same processes run as before: {roles}", 60.0, log=stack.servers[0].log)
     return resources.look(stack.pids(), temp)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.chaos.bench import Bench, Finding, brief, say
+from benchmarks.chaos.bench import Bench, Finding, brief, first_failure, say
 from benchmarks.chaos.stack import Server, wait_until
 
 BACK_SECONDS = 5.0
@@ -48,7 +48,9 @@ def kill_workers(bench: Bench) -> Finding:
             under.running.wait_seconds(max(0.0, next_at - under.seconds()))
     result = under.found()
     waits = [item.waiting for item in replaced]
-    say(f"    {len(replaced)} kills, {result.failed} failed, back after {max(waits):.1f} s + loading")
+    say(
+        f"    {len(replaced)} kills, {result.failed} failed{first_failure(result)}, back after {max(waits):.1f} s + loading"
+    )
     measured = (
         f"{result.failed} of {result.planned} failed in {len(replaced)} kills; the successor starts after "
         f"{statistics.median(waits):.1f} s (longest {max(waits):.1f} s) and loads in "
@@ -75,7 +77,8 @@ def stop_and_reload(bench: Bench) -> Finding:
             bench.stack.gate.reload()
             under.running.wait_seconds(1.5)
     reloaded = under.found()
-    say(f"    SIGTERM: {stopped.failed} failed; reload: {reloaded.failed} failed")
+    say(f"    SIGTERM: {stopped.failed} failed{first_failure(stopped)}")
+    say(f"    reload: {reloaded.failed} failed{first_failure(reloaded)}")
     measured = (
         f"SIGTERM: {stopped.failed} of {stopped.planned} failed; {_RELOADS} reloads: {reloaded.failed} of "
         f"{reloaded.planned} failed"
@@ -100,7 +103,8 @@ def kill_java_and_hang(bench: Bench) -> Finding:
         psutil.Process(worker.pid).suspend()
         details["hang_recycled_after_seconds"] = round(_replacement(victim, worker.pid, time.time()).seconds, 1)
     hung = under.found()
-    say(f"    java: {killed.failed} failed; SIGSTOP: {hung.failed} failed")
+    say(f"    java: {killed.failed} failed{first_failure(killed)}")
+    say(f"    SIGSTOP: {hung.failed} failed{first_failure(hung)}")
     measured = (
         f"java: {killed.failed} of {killed.planned} failed; SIGSTOP: {hung.failed} of {hung.planned} failed, "
         f"recycled and ready again after {details['hang_recycled_after_seconds']:.1f} s"

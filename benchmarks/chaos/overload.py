@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.chaos.bench import TIMES_QUIET_P99, Bench, Finding, brief, p99_ms, say
+from benchmarks.chaos.bench import CONNECTIONS, TIMES_QUIET_P99, Bench, Finding, brief, p99_ms, say
 from benchmarks.errors import BenchmarkError
 from marina import loadgen
 from marina.loadgen import Closed, Result
@@ -21,7 +21,9 @@ _REFUSALS = ("HTTP 415", "HTTP 422")
 LEAST_GOODPUT = 0.9
 RECOVERED_WITHIN = 5.0
 _AFTER_SECONDS = 12.0
-_CONNECTIONS = 900
+_OVERLOAD_CONNECTIONS = 900
+_MUCH_WORSE = 2.0
+"""Times the p99 of the first time: then the capacity is not what it was."""
 _POISON = {100: 0.05, 10: 0.20}
 """Every so-manieth request is damaged -> the largest loss of good answers."""
 
@@ -29,7 +31,7 @@ _POISON = {100: 0.05, 10: 0.20}
 def three_times(bench: Bench) -> Finding:
     """Each is answered within its deadline or refused at once; what can be done is done; soon after all is as before."""
     seconds = bench.form.overload
-    loop = loadgen.Open(rate=TIMES * bench.capacity, connections=_CONNECTIONS)
+    loop = loadgen.Open(rate=TIMES * bench.capacity, connections=_OVERLOAD_CONNECTIONS)
     headers = bench.stack.headers | {"X-Deadline-Ms": str(DEADLINE_MS)}
     with loadgen.start(bench.scenario(loop, headers=headers)) as running:
         running.wait_measuring()
@@ -85,28 +87,31 @@ def _recovered(after: Result, quiet_p99_ms: float) -> float:
 def poison(bench: Bench) -> Finding:
     """Damaged images among the others: refused one by one, and the others answered as if they were not there.
 
-    Closed loops in turns, so that a machine that slows down slows all of them down. What counts is good answers: one
-    per cent of damaged requests costs at least that one per cent.
+    Closed loops in turns that begin with another one each round, compared within their round, so that a machine that
+    slows down slows all of them down. What counts is good answers: one per cent of damaged requests costs at least that
+    one per cent.
     """
     runs: dict[int, list[Result]] = {0: [], **{every: [] for every in _POISON}}
-    for _ in range(bench.form.poison_rounds):
-        for every, found in runs.items():
-            found.append(loadgen.run(_closed(bench, every, bench.form.poison)))
-    clean = statistics.median(item.throughput.value for item in runs[0])
+    for number in range(bench.form.poison_rounds):
+        kinds = list(runs)
+        for every in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
+            runs[every].append(loadgen.run(_closed(bench, every, bench.form.poison)))
+    clean = [item.throughput.value for item in runs[0]]
     details: dict[str, Any] = {}
     kept, words = True, []
     for every, limit in _POISON.items():
-        loss = 1 - statistics.median(item.throughput.value for item in runs[every]) / clean
+        losses = [1 - item.throughput.value / first for item, first in zip(runs[every], clean, strict=True)]
+        loss = statistics.median(losses)
         wrong = sum(_unexpected(item, every) for item in runs[every])
         kept = kept and loss <= limit and wrong == 0
         words.append(f"{1 / every:.0%}: {wrong} of the rest failed or wrong, {loss:.1%} fewer good answers")
-        details[f"every {every}"] = {"loss": loss, "wrong": wrong, "runs": [brief(item) for item in runs[every]]}
+        details[f"every {every}"] = {"losses": losses, "wrong": wrong, "runs": [brief(item) for item in runs[every]]}
     say(f"    {'; '.join(words)}")
     return Finding("; ".join(words), kept, details | {"clean": [brief(item) for item in runs[0]]})
 
 
 def _closed(bench: Bench, every: int, seconds: float) -> loadgen.Scenario:
-    return bench.scenario(Closed(connections=64), damaged_every=every, duration=seconds)
+    return bench.scenario(Closed(connections=CONNECTIONS), damaged_every=every, duration=seconds)
 
 
 def _unexpected(result: Result, every: int) -> int:
@@ -116,6 +121,28 @@ def _unexpected(result: Result, every: int) -> int:
     # Requests count from the moment they were planned for, so one more than the share may fall into the time measured.
     surplus = max(0, refused - math.ceil(result.planned / every) - 1)
     return result.failed - refused + max(undamaged, surplus)
+
+
+def normal(bench: Bench) -> dict[str, Any]:
+    """How the stack answers at this moment when nothing happens, for the results file.
+
+    The first time with its capacity; later too when it answers much worse than it did then, because the machine has
+    become slower, or is shared: 60 % of what it could do once may be more than it can do now.
+    """
+    if bench.capacity:
+        control = quiet(bench, bench.form.least)
+        if not control.failed and bench.quiet_p99_ms <= _MUCH_WORSE * bench.first_p99_ms:
+            return _conditions(bench, control)
+        say(f"    quiet p99 {bench.quiet_p99_ms:.0f} ms, {control.failed} failed: the capacity is measured anew")
+    capacity(bench)
+    control = quiet(bench, bench.form.quiet)
+    bench.first_p99_ms = bench.quiet_p99_ms
+    say(f"    capacity {bench.capacity:.0f}/s; quiet: {bench.rate:.0f}/s, p99 {bench.quiet_p99_ms:.1f} ms")
+    return _conditions(bench, control)
+
+
+def _conditions(bench: Bench, control: Result) -> dict[str, Any]:
+    return {"capacity_per_second": round(bench.capacity, 1), "quiet": brief(control)}
 
 
 def capacity(bench: Bench) -> Result:
@@ -130,11 +157,12 @@ def capacity(bench: Bench) -> Result:
 
 def _first(bench: Bench) -> loadgen.Scenario:
     """With a warm-up until it is steady: java compiles for some time."""
-    return bench.scenario(Closed(connections=64), duration=bench.form.capacity, warm_up="auto", warm_up_limit=30.0)
+    loop = Closed(connections=CONNECTIONS)
+    return bench.scenario(loop, duration=bench.form.capacity, warm_up="auto", warm_up_limit=30.0)
 
 
-def quiet(bench: Bench) -> Result:
+def quiet(bench: Bench, seconds: float) -> Result:
     """60 % of the capacity, and nothing happens."""
-    result = loadgen.run(bench.scenario(bench.open_loop(), duration=bench.form.quiet))
+    result = loadgen.run(bench.scenario(bench.open_loop(), duration=seconds))
     bench.quiet_p99_ms = p99_ms(result)
     return result

@@ -153,7 +153,9 @@ class Server:
 def _role(process: psutil.Process) -> str:
     if process.name() == "java":
         return "java"
-    return "worker" if any("model_service_worker" in part for part in process.cmdline()) else "helper"
+    command = process.cmdline()
+    stands_for_one = any(Path(part).name == "marina-worker" for part in command[:2])
+    return "worker" if not stands_for_one and any("model_service_worker" in part for part in command) else "helper"
 
 
 @dataclass

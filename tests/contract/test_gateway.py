@@ -442,6 +442,27 @@ def test_waiting_too_long_in_the_queue_is_429(tmp_path: Path) -> None:
         assert gate.log_of(refused.headers["x-request-id"])["termination"] == "sQ"
 
 
+def test_who_cannot_be_answered_in_time_is_told_at_once(tmp_path: Path) -> None:
+    with backends("a") as [backend], front(tmp_path, [backend.replica], max_inflight=2, max_queue=40) as gate:
+        in_parallel(gate, 8, x_mode="sleep:0.2")  # from which the gateway knows the pace: ten a second
+        patient = threading.Thread(target=in_parallel, args=(gate, 30), kwargs={"x_mode": "sleep:0.2"})
+        patient.start()
+        wait_until(lambda: waiting(gate) >= 20, "half of the queue is taken")
+        began = time.monotonic()
+        hasty = gate.ask(x_mode="sleep:0.2", X_Deadline_Ms="500")
+        took = time.monotonic() - began
+        assert (hasty.status, hasty.problem()) == (429, "overloaded")
+        assert took < 0.45, "it was told before its time was over"
+        assert gate.ask(x_mode="sleep:0.2").status == 200, "who has time waits"
+        patient.join(60)
+
+
+def waiting(gate: Front) -> int:
+    text = gate.ask("/metrics", method="GET", body=None, key=None, port=gate.metrics_port).body.decode()
+    name = 'haproxy_backend_current_queue{proxy="predictions"}'
+    return int(next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name)))
+
+
 def test_torchserves_full_queue_is_429_when_every_replica_says_so(gate: Front) -> None:
     answer = gate.ask(x_mode="status:503:ServiceUnavailableException")
     assert answer.status == 429
@@ -645,6 +666,37 @@ def test_a_replica_that_is_not_ready_leaves_within_a_second(tmp_path: Path) -> N
             load.wait_for(50)
             wait_until(lambda: first.served() > resting, "requests arrive there again")
         assert load.failures() == []
+
+
+def test_what_waits_in_vain_at_one_replica_is_asked_of_the_other(tmp_path: Path) -> None:
+    with backends("a", "b") as [first, second], front(tmp_path, [first.replica, second.replica]) as gate:
+        answers: list[Answer] = []
+        waiting = [
+            threading.Thread(target=lambda: answers.append(gate.ask(x_mode="sleep:15@a", X_Deadline_Ms="20000")))
+            for _ in range(4)
+        ]
+        for thread in waiting:
+            thread.start()
+        wait_until(lambda: first.served() + second.served() == 4, "all are at a replica")
+        assert first.served() > 0
+        began = time.monotonic()
+        first.set_stuck()
+        for thread in waiting:
+            thread.join(30)
+        assert [(answer.status, answer.json["name"]) for answer in answers] == [(200, "b")] * 4
+        assert time.monotonic() - began < 8
+
+
+def test_a_replica_that_drains_finishes_what_it_has(tmp_path: Path) -> None:
+    with backends("a") as [first], front(tmp_path, [first.replica]) as gate:
+        answers: list[Answer] = []
+        slow = threading.Thread(target=lambda: answers.append(gate.ask(x_mode="sleep:2")))
+        slow.start()
+        wait_until(lambda: first.served() == 1, "the slow request is being served")
+        first.set_ready(False)
+        slow.join(30)
+        assert [answer.status for answer in answers] == [200]
+        wait_until(lambda: gate.ask().status == 503, "nothing new goes there")
 
 
 def settle(backend: Backend, before: int) -> int:

@@ -81,7 +81,12 @@ class Backend:
             return json.loads(connection.getresponse().read())
 
     def set_ready(self, ready: bool) -> None:
-        self.control(f"/ready/{int(ready)}")
+        """Not ready as a server that drains is: it finishes what it has."""
+        self.control(f"/ready/{200 if ready else 404}")
+
+    def set_stuck(self) -> None:
+        """Not ready, and what it has waits in vain."""
+        self.control("/ready/503")
 
     def served(self) -> int:
         """Prediction requests that reached this replica."""

@@ -3,7 +3,7 @@
     python misbehaving_server.py NAME HOST PORT CONTROL_PORT     (0: the system chooses; both are printed as JSON)
 
 The request header `X-Mode` says how a prediction is answered; support/gateway.py lists the values. The control port
-has GET /readyz, POST /ready/0, POST /ready/1 and POST /served.
+has GET /readyz, POST /ready/200 (or 404 or 503: what /readyz answers from then on) and POST /served.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 NAME, HOST = sys.argv[1], sys.argv[2]
-ready = threading.Event()
-ready.set()
+readiness = [200]
 served: list[str] = []
 
 
@@ -91,13 +90,11 @@ class Prediction(BaseHTTPRequestHandler):
 
 class Control(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self._answer(200 if self.path == "/readyz" and ready.is_set() else 503, [])
+        self._answer(readiness[0] if self.path == "/readyz" else 503, self.headers.get("X-Marina-Up"))
 
     def do_POST(self) -> None:
-        if self.path == "/ready/1":
-            ready.set()
-        if self.path == "/ready/0":
-            ready.clear()
+        if self.path.startswith("/ready/"):
+            readiness[0] = int(self.path.rpartition("/")[2])
         self._answer(200, len(served))
 
     def _answer(self, status: int, content: object) -> None:

@@ -114,13 +114,17 @@ def test_a_row_that_cannot_be_measured_is_not_kept() -> None:
     def broken() -> Finding:
         raise ZeroDivisionError("no capacity")
 
-    assert _judged(broken)["kept"] is False
-    assert "no capacity" in _judged(broken)["measured"]
+    found = _judged(broken, {"form": "full"})
+    assert found["kept"] is False and "no capacity" in found["measured"]
+    assert found["form"] == "full" and found["measured_at"] and len(found["others_busy_cores"]) == 2
 
 
 def test_single_rows_take_their_place_in_the_results(tmp_path: Path) -> None:
     path = tmp_path / "chaos.json"
-    path.write_text(json.dumps({"head": {"capacity": 1}, "rows": {"poison": {"measured": "p", "kept": True}}}))
-    value = _joined(path, {"capacity": 2}, {"soak": {"measured": "s", "kept": False}})
-    assert value["head"] == {"capacity": 1} and set(value["rows"]) == {"poison", "soak"}
+    head = {"machine": {"cores": 2}}
+    path.write_text(json.dumps({"head": head, "rows": {"poison": {"measured": "p", "kept": True}}}))
+    soak = {"soak": {"measured": "s", "kept": False}}
+    value = _joined(path, head | {"seconds": 5}, soak)
+    assert value["head"]["seconds"] == 5 and set(value["rows"]) == {"poison", "soak"}
     assert table(value).count("\n") == 3 and "| s | no |" in table(value)
+    assert set(_joined(path, {"machine": {"cores": 64}}, soak)["rows"]) == {"soak"}
