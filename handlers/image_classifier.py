@@ -1,7 +1,9 @@
-"""Image classification: an encoded image in, the most probable labels out.
+"""An encoded image in; out the most probable labels, every label above its threshold, or values, as the model's task is.
 
 Request   the image's bytes; or the form field `data` or `file`; or JSON `{"instances": [{"b64": "..."}], "top_k": 3}`
-Answer    `{"model", "version", "predictions": [[{"label", "index", "probability"}, ...]]}`, one list per image
+Answer    `{"model", "version", "predictions": [[{"label", "index", "probability"}, ...]]}`, one list per image;
+          of a multi-label model with `"task"` and each label's `"threshold"`, an empty list where no label reaches its own;
+          of a regression with `"task"` and `{"target", "index", "value"}` for every target (see `handlerlib.answers`)
 Errors    `application/problem+json` with status 400, 413, 415 or 422, for the one request alone
 """
 

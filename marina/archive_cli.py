@@ -132,6 +132,6 @@ def _check_fields(report: verification.Report) -> dict[str, Any]:
 def _archive_path(home: Home, text: str) -> Path:
     """A file, or NAME[:VERSION] in the store. Raises ArchiveError."""
     path = Path(text)
-    if path.suffix == ".mar" or path.exists():
+    if path.suffix == ".mar" or path.is_file():
         return path
     return store.select(home.store, [text])[0].path

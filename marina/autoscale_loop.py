@@ -36,7 +36,7 @@ from marina.errors import ClientError, TimedOut
 from marina.logs import ServerLog
 from marina.parking import Parking
 from marina.processes import end_left_over
-from marina.quarantine import FOLDER
+from marina.quarantine import FOLDER, PROGRESS
 from marina.settings import ServeSettings
 from marina.watch import Expected, Scaling, accepted_by_version
 
@@ -59,8 +59,6 @@ COST_SECONDS = 30.0
 """Between two measurements of what a worker takes: reading it stops the worker for some milliseconds."""
 _REFUSED_SECONDS = 5.0
 """After one that failed, until the same is tried again."""
-_BEGAN = struct.Struct("=QIIQ")
-"""Beginning of a worker's record: when its batch began (0: idle), two numbers that are not needed here, batches done."""
 
 
 class Scaled(Expected, Protocol):
@@ -292,7 +290,7 @@ class Autoscaler:
         """(process id, when its batch began or 0, batches done); None when it keeps no record."""
         with contextlib.suppress(OSError, struct.error):
             with (self._records / f"worker-{pid}").open("rb") as stream:
-                began, _, _, done = _BEGAN.unpack(stream.read(_BEGAN.size))
+                began, _, _, done = PROGRESS.unpack(stream.read(PROGRESS.size))
             return pid, began, done
         return None
 

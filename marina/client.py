@@ -18,6 +18,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from handlerlib.spec import Task
 from marina.errors import ClientError, ConfigError, Refused, TimedOut, UnexpectedAnswer, Unreachable
 from marina.properties import is_loopback
 
@@ -60,11 +61,13 @@ NO_RETRIES = Retries(count=0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Label:
-    """One guess about one image."""
+    """One guess about one image; of a regression a target's name and, in the place of the probability, its value."""
 
     label: str
     index: int
     probability: float
+    threshold: float | None = None
+    """Of a multi-label model: from which probability on it answers this label unasked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +78,10 @@ class Answer:
     version: str
     request_id: str
     predictions: tuple[tuple[Label, ...], ...]
-    """Per image in the order sent, most probable label first."""
+    """Per image in the order sent, most probable label first; of a multi-label model possibly none, of a regression all
+    targets in their own order."""
+    task: Task = "multi-class"
+    """What the model answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -492,16 +498,26 @@ def _path(collection: str, name: str, version: str | None) -> str:
     return "/" + "/".join(quote(part, safe="") for part in parts)
 
 
+def _cut(item: Mapping[str, Any]) -> dict[str, float]:
+    return {"threshold": float(item["threshold"])} if "threshold" in item else {}
+
+
 def _answer(value: Any, request_id: str) -> Answer:
+    task: Task = value.get("task", "multi-class")
+    name, number = ("target", "value") if task == "regression" else ("label", "probability")
     predictions = tuple(
         tuple(
-            Label(label=str(item["label"]), index=int(item["index"]), probability=float(item["probability"]))
+            Label(label=str(item[name]), index=int(item["index"]), probability=float(item[number]), **_cut(item))
             for item in labels
         )
         for labels in value["predictions"]
     )
     return Answer(
-        model=str(value["model"]), version=str(value["version"]), request_id=request_id, predictions=predictions
+        model=str(value["model"]),
+        version=str(value["version"]),
+        request_id=request_id,
+        predictions=predictions,
+        task=task,
     )
 
 

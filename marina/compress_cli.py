@@ -25,7 +25,7 @@ def compress(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", help="Only these: prune,sparse,int8,qat,bf16,fp16,distil; all that apply by default."
+            "--methods", help="Only these: prune,sparse,int8,int4,qat,bf16,fp16,distil; all that apply by default."
         ),
     ] = None,
     student: Annotated[

@@ -31,7 +31,7 @@ class Gates(BaseModel):
     p99_slack_ms: float = Field(default=10.0, ge=0)
     """A p99 that is larger by no more than this passes at any ratio."""
     min_agreement: float = Field(default=0.8, ge=0, le=1)
-    """Share of the same inputs to which both versions give the same first label."""
+    """Share of the same inputs to which both versions give the same first label (labels, values: `marina.shadow.alike`)."""
     min_compared: int = Field(default=20, ge=1)
     """Inputs below which agreement is told and not judged: a handful says nothing."""
 
@@ -129,7 +129,7 @@ def _agreement(gates: Gates, stage: str, alike: int, compared: int) -> Verdict:
         passed=not judged or share >= gates.min_agreement,
         measured=share,
         limit=gates.min_agreement,
-        text=f"{alike} of {compared} inputs got the old version's label ({share:.1%}), at least "
+        text=f"{alike} of {compared} inputs got the old version's answer ({share:.1%}), at least "
         f"{gates.min_agreement:.1%} must{few}",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from handlerlib.engine_spec import ENGINE_FILE, EngineSpec
@@ -14,19 +14,33 @@ from marina.server import ServedModel
 
 
 def mismatch(spec: ModelSpec, sample: GoldenSample, got: Mapping[int, float], tolerance: float) -> str:
-    """What is wrong with the probabilities by index that a model gave for a sample; empty when they are the stored ones."""
+    """What is wrong with the probabilities (or values) by index that a model gave for a sample; empty when they are the
+    stored ones."""
     if not got:
         return "the answer holds no labels"
     if not all(0 <= index < len(spec.labels) for index in got):
         return f"the answer names an index outside 0 to {len(spec.labels) - 1}"
-    worst = max(got, key=lambda index: abs(got[index] - sample.probabilities[index]))
-    expected = sample.probabilities[worst]
+    units, outputs = spec.units, sample.outputs
+    worst = max(got, key=lambda index: abs(got[index] - outputs[index]) / units[index])
+    expected, allowed = outputs[worst], tolerance * units[worst]
     # Written so that a NaN is a mismatch too.
-    if abs(got[worst] - expected) <= tolerance:
+    if abs(got[worst] - expected) <= allowed:
         return ""
-    return (
-        f"probability of '{spec.labels[worst]}' expected {expected:.6f}, got {got[worst]:.6f}, tolerance {tolerance:g}"
-    )
+    what = "value" if spec.task == "regression" else "probability"
+    return f"{what} of '{spec.labels[worst]}' expected {expected:.6f}, got {got[worst]:.6f}, tolerance {allowed:g}"
+
+
+def misses_labels(spec: ModelSpec, sample: GoldenSample, got: Collection[int], tolerance: float) -> str:
+    """What is wrong with the labels, by index, that a multi-label model gave unasked: each must be there whose probability
+    reaches its threshold. Empty when they are right; within the tolerance of a threshold both are."""
+    for index, (probability, threshold) in enumerate(zip(sample.outputs, spec.thresholds, strict=True)):
+        if (index in got) != (probability >= threshold) and abs(probability - threshold) > tolerance:
+            there = "is given" if index in got else "is not given"
+            return (
+                f"label '{spec.labels[index]}' {there} with a probability of {probability:.6f}, the threshold is"
+                f" {threshold:.6f}"
+            )
+    return ""
 
 
 def prove(model: ServedModel, client: InferenceClient) -> None:
@@ -40,6 +54,9 @@ def prove(model: ServedModel, client: InferenceClient) -> None:
         top_k = min(len(spec.labels), spec.limits.max_top_k)
         (labels,) = client.predict(model.name, data, version=model.version, top_k=top_k).predictions
         difference = mismatch(spec, sample, {label.index: label.probability for label in labels}, allowed)
+        if not difference and spec.task == "multi-label":
+            (labels,) = client.predict(model.name, data, version=model.version).predictions
+            difference = misses_labels(spec, sample, {label.index for label in labels}, allowed)
         if difference:
             raise ArchiveError(f"{sample.file}: {difference}", remedy="verify the archive: marina verify MAR")
 

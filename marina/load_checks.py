@@ -29,23 +29,29 @@ def contains(settings: Mapping[str, Any]) -> Checker:
 
 
 def probabilities(settings: Mapping[str, Any]) -> Checker:
-    """`expected`: per payload the probability of every class by its index; `tolerance`: how far each may be off.
+    """`expected`: per payload the probability (or value) of every class by its index; `tolerance`: how far each may be off,
+    in `units` of each class where they are given. With `thresholds` an answer may hold no label.
 
     For Marina's answers with one image per request.
     """
     expected: Sequence[Sequence[float]] = settings["expected"]
     tolerance = float(settings["tolerance"])
+    units: Sequence[float] = settings.get("units") or [1.0] * len(expected[0])
+    thresholds: Sequence[float] = settings.get("thresholds") or ()
 
     def check(payload: int, body: bytes) -> str:
         wanted = expected[payload % len(expected)]
         (labels,) = json.loads(body)["predictions"]
         if not labels:
-            return "no labels"
-        worst = max(labels, key=lambda item: abs(item["probability"] - wanted[item["index"]]))
-        got, right = worst["probability"], wanted[worst["index"]]
-        if abs(got - right) <= tolerance:  # false for a NaN too
+            below = [right < cut + tolerance for right, cut in zip(wanted, thresholds, strict=False)]
+            return "" if below and all(below) else "no labels"
+        what = "value" if "value" in labels[0] else "probability"
+        worst = max(labels, key=lambda item: abs(item[what] - wanted[item["index"]]) / units[item["index"]])
+        got, right, allowed = worst[what], wanted[worst["index"]], tolerance * units[worst["index"]]
+        if abs(got - right) <= allowed:  # false for a NaN too
             return ""
-        return f"probability of '{worst['label']}' expected {right:.6f}, got {got:.6f}, tolerance {tolerance:g}"
+        name = worst.get("label", worst.get("target"))
+        return f"{what} of '{name}' expected {right:.6f}, got {got:.6f}, tolerance {allowed:g}"
 
     return check
 

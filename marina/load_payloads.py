@@ -78,7 +78,12 @@ def from_archive(path: Path) -> Load:
     tolerance = max(spec.golden.tolerance, engine.tolerance if engine is not None else 0.0)
     check = Check(
         "marina.load_checks:probabilities",
-        {"expected": [sample.probabilities for sample in spec.golden.samples], "tolerance": tolerance},
+        {
+            "expected": [sample.outputs for sample in spec.golden.samples],
+            "tolerance": tolerance,
+            **({"units": spec.units} if spec.scaling else {}),
+            **({"thresholds": spec.thresholds} if spec.thresholds else {}),
+        },
     )
     payloads = tuple(
         Payload(body=body, content_type=DEFAULT_TYPE if spec.text is None else TEXT_TYPE, name=sample.file)

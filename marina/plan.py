@@ -38,7 +38,7 @@ from marina.errors import ConfigError
 from marina.gates import Gates
 from marina.remote import Target
 from marina.rollout import has_workers
-from marina.serving import ModelServing, Name, Previous, Serving, Version, Workers
+from marina.serving import TRIAL_SUFFIX, ModelServing, Name, Previous, Serving, Version, Workers
 
 PLAN_FILE = "deploy.toml"
 
@@ -131,6 +131,9 @@ class Desired(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in self.models:
+            if name.endswith(TRIAL_SUFFIX):
+                raise ValueError(f"models.{name}: names that end in {TRIAL_SUFFIX} belong to `marina tune`")
         for name, host in self.hosts.items():
             for model in host.models or ():
                 if model not in self.models:

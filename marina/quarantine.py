@@ -18,7 +18,10 @@ from pathlib import Path
 import psutil
 
 FOLDER = "quarantine"
-_HEADER = struct.Struct("=QIIQQ32s")
+PROGRESS = struct.Struct("=QIIQ")
+"""The beginning of a worker's record: when its batch began (CLOCK_MONOTONIC ns, 0: idle), inputs, whether it is a suspect
+that runs alone, batches done."""
+_HEADER = struct.Struct(f"{PROGRESS.format}Q32s")
 _REASON_AT = 64
 _MARKS_AT = 256
 _GENERATION = struct.Struct("=Q")

@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,12 @@ class Rollout:
             model_store.select(self._store, [f"{name}:{version}" for version in target.versions])
             with self._journaled("apply", name, known, after):
                 for replica in self._replicas:
-                    self._bring(replica, name, target, None, prove=True)
-                self._journal.commit()
+                    self._bring_up(replica, name, target, prove=True)
+                # What is about to go is not expected any more: else each replica would be out of service until it is over.
                 serving.write(self._store, after)
+                for replica in self._replicas:
+                    self._take_down(replica, name, target, None)
+                self._journal.commit()
             return _outcome(after, name)
 
     def add(self, archive: Path) -> Archive:
@@ -354,30 +357,27 @@ class Rollout:
     def _written(self) -> Serving:
         return serving.read(self._store) or Serving()
 
-    def _bring(
-        self,
-        replica: Replica,
-        name: str,
-        target: ModelServing | None,
-        ours: Collection[str] | None,
-        *,
-        prove: bool = False,
-    ) -> None:
-        """One replica to the target state of a model. Of what is too much, only `ours` goes; None: all of it."""
+    def _bring_up(self, replica: Replica, name: str, target: ModelServing, *, prove: bool = False) -> None:
+        """One replica to have what the target state of a model has."""
         found = {item.version: item for item in replica.status() if item.name == name}
-        wanted: Mapping[str, int] = target.versions if target is not None else {}
-        for version, workers in wanted.items():
+        for version, workers in target.versions.items():
             have = found.get(version)
-            if not has_workers(have, workers, target.autoscale if target is not None else None):
+            if not has_workers(have, workers, target.autoscale):
                 with self._step(f"{name}:{version} with {workers} worker{'s' if workers != 1 else ''}", replica):
                     replica.register(f"{name}:{version}", workers)
             if have is None and prove:
                 with self._step(f"golden samples of {name}:{version} over HTTP", replica):
                     replica.prove(f"{name}:{version}")
-        if target is not None and not _is_default(found.get(target.default)):
+        if not _is_default(found.get(target.default)):
             with self._step(f"default is {name}:{target.default}", replica):
                 replica.set_default(f"{name}:{target.default}")
-        extra = [item for item in found.values() if item.version not in wanted]
+
+    def _take_down(
+        self, replica: Replica, name: str, target: ModelServing | None, ours: Collection[str] | None
+    ) -> None:
+        """What a replica has beyond the target state of a model. Only `ours` goes; None: all of it."""
+        wanted = target.versions if target is not None else {}
+        extra = [item for item in replica.status() if item.name == name and item.version not in wanted]
         # TorchServe lets the default go only as the last one.
         for item in sorted(extra, key=lambda item: bool(item.default)):
             if ours is None or item.version in ours:
@@ -426,7 +426,9 @@ class Rollout:
             self._write_settled(begun, prefix)
         for replica in self._replicas:
             with contextlib.suppress(MarinaError, OSError), self._step(f"{prefix}: {begun.name}", replica):
-                self._bring(replica, begun.name, target, ours)
+                if target is not None:
+                    self._bring_up(replica, begun.name, target)
+                self._take_down(replica, begun.name, target, ours)
         if begun.committed:
             self._write_settled(begun, prefix)
         failed = [f"{step.what} {step.where}: {step.error}" for step in self.steps[done:] if step.error]

@@ -66,7 +66,7 @@ def deploy(
     shadow: Annotated[
         list[Path] | None,
         typer.Option(
-            "--shadow", help="Recorded inputs for the comparison: a folder of images, or .jsonl with b64/file."
+            "--shadow", help="Recorded inputs for the comparison: a folder of files, or .jsonl with b64/file."
         ),
     ] = None,
     sample_seconds: Annotated[
@@ -110,7 +110,7 @@ def deploy(
     )  # fmt: skip
     with _rolling(reached, as_json, python, trial) as rollout:
         path = Path(mar)
-        if path.suffix != ".mar" and not path.exists():
+        if path.suffix != ".mar" and not path.is_file():
             path = model_store.select(reached.store, [mar])[0].path
         _done(rollout, as_json, rollout.deploy(path, workers=workers, retire=retire))
 

@@ -1,31 +1,26 @@
-"""A served endpoint scored on labelled samples: requests over HTTP, several at once, judged by training's own code.
+"""A served endpoint scored on labelled samples: requests over HTTP, several at once.
 
-Whatever gets no answer is kept by name and reason beside what was answered; nothing is left out silently.
+Whatever gets no answer is kept by name and reason beside what was answered; nothing is left out silently. What answers
+are worth is for training's own code to say: the command hands it in as a `Judge`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from handlerlib.engine_spec import EngineSpec
 from handlerlib.spec import ModelSpec
 from marina import store
 from marina.client import Answer, InferenceClient, Label, read_key
 from marina.errors import ArchiveError, ClientError, Refused
 from marina.home import Home
 from marina.progress import Step
-
-if TYPE_CHECKING:  # the training package comes with torch, which takes seconds
-    from training.evaluate import Evaluation
-    from training.scoring import Comparison, Questions
 
 _HOPELESS = 20
 """So many requests that fail one after the other from the start end the scoring: the rest would fail as well."""
@@ -52,7 +47,86 @@ class Sample(Protocol):
     def data(self) -> bytes: ...
 
 
-_Sample = TypeVar("_Sample", bound=Sample)
+class Asked(Protocol):
+    """Samples whose labels are known."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def read(self) -> Callable[[], Iterator[Sample]]: ...
+
+
+class Figures(Protocol):
+    """What answers are worth."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+class Beside(Protocol):
+    """A served model's answers beside those of its artifact."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def changed(self) -> int: ...
+    @property
+    def largest(self) -> float: ...
+    @property
+    def lost_points(self) -> float: ...
+    @property
+    def said(self) -> str: ...
+    @property
+    def allowed(self) -> str: ...
+    @property
+    def differs(self) -> bool: ...
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+A = TypeVar("A", bound=Asked)
+F = TypeVar("F", bound=Figures)
+B = TypeVar("B", bound=Beside)
+A_co = TypeVar("A_co", bound=Asked, covariant=True)
+F_co = TypeVar("F_co", bound=Figures, covariant=True)
+B_co = TypeVar("B_co", bound=Beside, covariant=True)
+
+
+class Judge(Protocol[A, F, B_co]):
+    """Training's own code: `training.judge` has it."""
+
+    def labelled(self, data: Path, artifact: Path | None) -> A:
+        """Samples of a folder or file, read as the artifact's own were. Raises DataError."""
+        ...
+
+    def test_split(self, artifact: Path) -> A:
+        """The artifact's own samples. Raises DataError."""
+        ...
+
+    def check_labels(self, asked: A, labels: Sequence[str], model: str) -> None:
+        """Raises DataError when a sample's label is none of these."""
+        ...
+
+    def figures(
+        self,
+        labels: Sequence[str],
+        names: Sequence[str],
+        true: Sequence[str],
+        answers: Sequence[Mapping[int, float]],
+        artifact: Path | None,
+    ) -> tuple[F, bool]:
+        """What answers by class number are worth, and whether every one of them names every class."""
+        ...
+
+    def reference(self, artifact: Path, asked: A, names: Collection[str]) -> F:
+        """The artifact's own answers to the samples of these names."""
+        ...
+
+    def compare(self, reference: F, served: F, artifact: Path, *, complete: bool) -> B_co:
+        """How far the answers to the same samples differ."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +161,7 @@ class Options:
     version: str | None = None
     """Its default one when None."""
     folder: Path | None = None
-    """Labelled samples; the artifact's own test split when None."""
-    root: str | None = None
-    """Where the data of that split lies, if not where it was in training."""
+    """Labelled samples, or a .csv of them; the artifact's own test split when None."""
     concurrency: int = 8
     """Requests on their way at once."""
     compare: bool = True
@@ -99,16 +171,16 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(Generic[A_co, F_co, B_co]):
     """An endpoint's figures, and its artifact's where there is one on this machine."""
 
     model: str
-    asked: Questions
+    asked: A_co
     answered: Answered
-    evaluation: Evaluation
+    evaluation: F_co
     artifact: Path | None
-    reference: Evaluation | None
-    comparison: Comparison | None
+    reference: F_co | None
+    comparison: B_co | None
     notes: tuple[str, ...]
 
     @property
@@ -122,23 +194,24 @@ def open_client(url: str, key_file: Path | None = None) -> InferenceClient:
     return InferenceClient(url, key=None if key_file is None else read_key(key_file))
 
 
-def score(client: InferenceClient, options: Options, home: Home, report: Callable[[Step], None]) -> Score:
+def score(
+    client: InferenceClient, options: Options, home: Home, judge: Judge[A, F, B], report: Callable[[Step], None]
+) -> Score[A, F, B]:
     """Ask, judge and compare. Raises ClientError when nothing is answered, ArchiveError when the test split of an artifact
     is wanted that is not here, and what reading data raises."""
-    from training import pipeline, scoring
-
-    folder = None if options.folder is None else scoring.labelled_folder(options.folder)
-    probe = _probe(client, options, home, folder)
+    given = None if options.folder is None else judge.labelled(options.folder, _newest(home, options))
+    probe = _probe(client, options, home, given)
     artifact = _artifact(home, probe)
     spec = None if artifact is None else ModelSpec.load(artifact)
-    if artifact is None and folder is None:
+    if spec is None and probe.task != "multi-class":
         raise ArchiveError(
-            f"{probe.model} {probe.version} is served, and there is no artifact of it here whose test split could be asked",
-            remedy="give labelled samples: --data FOLDER, with one folder per class",
+            f"{probe.model} {probe.version} answers for the task {probe.task}, and there is no artifact of it here that says"
+            " what its answers are measured by",
+            remedy="copy the artifact's folder here: artifacts/NAME/VERSION",
         )
-    asked = folder if folder is not None else pipeline.questions(_known(artifact), report=report, root=options.root)
+    asked = given if given is not None else judge.test_split(_known(artifact, probe))
     labels = spec.labels if spec is not None else tuple(_labels(probe))
-    scoring.check_labels(asked, labels, f"{probe.model} {probe.version}")
+    judge.check_labels(asked, labels, f"{probe.model} {probe.version}")
     top_k = min(len(labels), spec.limits.max_top_k) if spec is not None else len(probe.predictions[0])
     answered = ask(
         client,
@@ -152,24 +225,18 @@ def score(client: InferenceClient, options: Options, home: Home, report: Callabl
     )
     rows = [{label.index: label.probability for label in one} for one in answered.predictions]
     _check_indices(answered, labels)
-    log_NK, complete = scoring.log_rows(rows, len(labels))
-    from training.evaluate import figures
-
-    evaluation = figures(labels, answered.names, answered.labels, log_NK)
+    evaluation, complete = judge.figures(labels, answered.names, answered.labels, rows, artifact)
     notes = (
         [] if complete else ["answers do not hold every label: those left out share what is left of the probability"]
     )
     reference, comparison = None, None
-    if artifact is None or spec is None:
+    if artifact is None:
         notes.append(f"there is no artifact of {probe.model} {probe.version} here to compare with")
     elif len(answered.versions) > 1:
         notes.append("several versions answered, so that the answers are compared with none: give NAME:VERSION")
     elif options.compare:
-        again = dataclasses.replace(
-            asked, total=len(answered.names), read=lambda: _only(asked.read(), frozenset(answered.names))
-        )
-        reference = pipeline.evaluate_on(artifact, again, report=report)
-        comparison = scoring.compare(reference, evaluation, spec, EngineSpec.load(artifact), complete=complete)
+        reference = judge.reference(artifact, asked, answered.names)
+        comparison = judge.compare(reference, evaluation, artifact, complete=complete)
     return Score(probe.model, asked, answered, evaluation, artifact, reference, comparison, tuple(notes))
 
 
@@ -264,7 +331,7 @@ def _ahead(
             future.cancel()
 
 
-def _probe(client: InferenceClient, options: Options, home: Home, folder: Questions | None) -> Answer:
+def _probe(client: InferenceClient, options: Options, home: Home, folder: Asked | None) -> Answer:
     """A first answer, to know who answers: to samples of the folder, or to a golden sample of the newest artifact."""
     if folder is not None:
         samples = itertools.islice(folder.read(), _HOPELESS)
@@ -301,8 +368,20 @@ def _artifact(home: Home, probe: Answer) -> Path | None:
         return None
 
 
-def _known(artifact: Path | None) -> Path:
-    assert artifact is not None
+def _newest(home: Home, options: Options) -> Path | None:
+    """The artifact of the model that is asked for, whatever version answers in the end."""
+    try:
+        return store.find_artifact(home.artifacts, _joined(options))
+    except ArchiveError:
+        return None
+
+
+def _known(artifact: Path | None, probe: Answer) -> Path:
+    if artifact is None:
+        raise ArchiveError(
+            f"{probe.model} {probe.version} is served, and there is no artifact of it here whose test split could be asked",
+            remedy="give labelled samples: --data FOLDER, with one folder per class",
+        )
     return artifact
 
 
@@ -321,7 +400,3 @@ def _check_indices(answered: Answered, labels: tuple[str, ...]) -> None:
                     f"{name}: the endpoint calls class {label.index} '{label.label}', which its artifact does not",
                     remedy="what is served is not what the artifact holds: pack it again and deploy it",
                 )
-
-
-def _only(samples: Iterable[_Sample], names: frozenset[str]) -> Iterator[_Sample]:
-    return (sample for sample in samples if sample.name in names)

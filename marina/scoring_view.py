@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from marina.errors import ClientError, MarinaError
-from marina.scoring import AnswersDiffer, Failure, Score
+from marina.scoring import AnswersDiffer, Asked, Beside, Failure, Figures, Score
 from marina.screen import Screen, shown
 
-if TYPE_CHECKING:  # the training package comes with torch, which takes seconds
-    from training.html_report import Subject
+_Score: TypeAlias = Score[Asked, Figures, Beside]
 
 
-def fields(score: Score, url: str) -> dict[str, Any]:
+def fields(score: _Score, url: str) -> dict[str, Any]:
     """What --json says beside the figures."""
     answered, comparison = score.answered, score.comparison
     return {
@@ -32,7 +31,7 @@ def fields(score: Score, url: str) -> dict[str, Any]:
     }
 
 
-def show(screen: Screen, score: Score, url: str) -> None:
+def show(screen: Screen, score: _Score, url: str) -> None:
     """The figures beside the artifact's own, what failed, and how far answers differ."""
     title = f"{score.model} {score.version} at {url}, {score.asked.what}"
     metrics = score.evaluation.metrics
@@ -57,7 +56,7 @@ def show(screen: Screen, score: Score, url: str) -> None:
         screen.note(note)
 
 
-def against(score: Score, url: str) -> MarinaError | None:
+def against(score: _Score, url: str) -> MarinaError | None:
     """What must not go unnoticed: answers that differ from the artifact's, or samples without an answer."""
     comparison, failures = score.comparison, score.answered.failures
     if comparison is not None and comparison.differs:
@@ -75,45 +74,38 @@ def against(score: Score, url: str) -> MarinaError | None:
     return None
 
 
-def said(score: Score) -> str:
+def said(score: _Score) -> str:
     """The comparison as a sentence's part."""
     found = score.comparison
     assert found is not None
-    return (
-        f"{found.changed} of {found.samples} first labels differ, the largest difference of a probability is"
-        f" {found.largest:.2g}, {found.lost_points:+.3f} points of accuracy are lost"
-    )
+    return found.said
 
 
-def subject(score: Score, url: str) -> Subject:
-    """What a report says beside the figures."""
-    from training import html_report, pipeline
+def warnings(score: _Score) -> list[str]:
+    """What a report says before anything else."""
+    answered = score.answered
+    found = list(score.notes)
+    if answered.failures:
+        total = len(answered.names) + len(answered.failures)
+        found.insert(0, f"{len(answered.failures)} of {total} samples got no answer.")
+    if score.comparison is not None and score.comparison.differs:
+        found.insert(0, f"The answers differ from those of {score.artifact}: {said(score)}.")
+    return found
 
+
+def facts(score: _Score, url: str) -> list[tuple[str, str]]:
+    """What a report says of the endpoint."""
     answered = score.answered
     total = len(answered.names) + len(answered.failures)
-    warnings = list(score.notes)
-    if answered.failures:
-        warnings.insert(0, f"{len(answered.failures)} of {total} samples got no answer.")
-    if score.comparison is not None and score.comparison.differs:
-        warnings.insert(0, f"The answers differ from those of {score.artifact}: {said(score)}.")
-    facts = [
+    found = [
         ("address", url),
         ("model", f"{score.model} {score.version}"),
         ("samples", f"{total}, {score.asked.what}"),
         ("answered", f"{len(answered.names)}"),
     ]
     if score.comparison is not None:
-        facts.append((f"beside {score.artifact}", said(score)))
-    about = html_report.Subject(title="", subtitle="")
-    if score.artifact is not None:
-        about = pipeline.subject(score.artifact, score.asked)
-    return dataclasses.replace(
-        about,
-        title=f"Report: {score.model} {score.version} as served",
-        subtitle=f"{url}, {score.asked.what}",
-        served=html_report.Served(facts=facts, failures=[(one.name, one.reason) for one in answered.failures]),
-        warnings=warnings,
-    )
+        found.append((f"beside {score.artifact}", said(score)))
+    return found
 
 
 def _by_reason(failures: tuple[Failure, ...]) -> list[tuple[object, ...]]:

@@ -28,6 +28,8 @@ from marina.server import ServedModel
 
 SERVING_FILE = "serving.json"
 LOCK_FILE = ".rollout.lock"
+TRIAL_SUFFIX = "--tune"
+"""Models whose names end so are registered for the time of a measurement (marina/tune.py) and never meant to stay."""
 _SCALING_SECONDS = 15.0
 """How long a rollout waits for a server that is changing a number of workers by itself."""
 
@@ -132,11 +134,11 @@ def _changed(old: ModelServing, **values: object) -> ModelServing:
 def adopted(known: Serving | None, seen: Sequence[ModelStatus]) -> Serving:
     """The file's content brought in line with what a server was seen to serve, which wins.
 
-    Models that this server does not serve stay as the file has them; previous versions are the file's, and so is a number
-    of workers that are all ready beside an entry that the watchdog has replaced.
+    Models that this server does not serve stay as the file has them, and trials of the tuner stay out; previous versions
+    are the file's, and so is a number of workers that are all ready beside an entry that the watchdog has replaced.
     """
     models = dict(known.models) if known is not None else {}
-    for name in {status.name for status in seen}:
+    for name in {status.name for status in seen if not status.name.endswith(TRIAL_SUFFIX)}:
         found = {status.version: status for status in seen if status.name == name and (status.workers or status.asleep)}
         default = next((version for version, status in found.items() if status.default), None)
         if default is None:

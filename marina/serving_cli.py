@@ -91,27 +91,28 @@ def serve(
 
 def predict(
     name: Annotated[str, typer.Argument(help="Model name.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    files: Annotated[list[Path], typer.Argument(help="Files, each an image or a text as the model takes them.")],
     url: InferenceUrl = "http://127.0.0.1:8080",
     version: Annotated[str | None, typer.Option("--version", help="Model version (its default one otherwise).")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Labels per image.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Labels per file.")] = None,
     key_file: Annotated[
         Path | None,
         typer.Option("--key-file", envvar="MARINA_KEY_FILE", help="The gateway's key, e.g. secrets/inference.key."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a served model about image files. A bad file is reported and does not stop the others."""
+    """Ask a served model about files of images or texts. A bad file is reported and does not stop the others."""
     screen = Screen(as_json)
     client = InferenceClient(url, key=None if key_file is None else read_key(key_file))
-    results = [_predict_one(client, name, path, version, top_k) for path in images]
+    results = [_predict_one(client, name, path, version, top_k) for path in files]
     screen.result({"model": name, "results": results})
-    screen.table(("image", "label", "probability"), _prediction_rows(results))
+    valued = any("values" in result for result in results)
+    screen.table(("file", *(("target", "value") if valued else ("label", "probability"))), _prediction_rows(results))
     failed = [result for result in results if "error" in result]
     if failed:
         error = ClientError(
-            f"{len(failed)} of {len(results)} images got no answer, the first: {failed[0]['image']}: {failed[0]['error']}",
-            remedy=failed[0]["remedy"] or "see the error of each image",
+            f"{len(failed)} of {len(results)} files got no answer, the first: {failed[0]['file']}: {failed[0]['error']}",
+            remedy=failed[0]["remedy"] or "see the error of each file",
         )
         screen.end_with(error)
 
@@ -170,22 +171,30 @@ def _predict_one(
     try:
         answer = client.predict(name, path.read_bytes(), version=version, top_k=top_k)
     except OSError as error:
-        return {"image": str(path), "error": f"cannot be read: {error.strerror}", "remedy": "check the path"}
+        return {"file": str(path), "error": f"cannot be read: {error.strerror}", "remedy": "check the path"}
     except ClientError as error:
-        return {"image": str(path), "error": str(error), "remedy": error.remedy}
-    return {"image": str(path), **_answer_fields(answer)}
+        return {"file": str(path), "error": str(error), "remedy": error.remedy}
+    return {"file": str(path), **_answer_fields(answer)}
 
 
 def _answer_fields(answer: Answer) -> dict[str, Any]:
-    labels = [dataclasses.asdict(label) for label in answer.predictions[0]]
-    return {"version": answer.version, "request_id": answer.request_id, "labels": labels}
+    fields: dict[str, Any] = {"version": answer.version, "request_id": answer.request_id}
+    found = answer.predictions[0]
+    if answer.task == "regression":
+        values = [{"target": one.label, "index": one.index, "value": one.probability} for one in found]
+        return fields | {"task": answer.task, "values": values}
+    labels = [{key: value for key, value in dataclasses.asdict(one).items() if value is not None} for one in found]
+    return fields | ({} if answer.task == "multi-class" else {"task": answer.task}) | {"labels": labels}
 
 
 def _prediction_rows(results: list[dict[str, Any]]) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for result in results:
         if "error" in result:
-            rows.append((result["image"], result["error"], ""))
-        for rank, label in enumerate(result.get("labels", ())):
-            rows.append((result["image"] if rank == 0 else "", label["label"], f"{label['probability']:.4f}"))
+            rows.append((result["file"], result["error"], ""))
+        named = [(label["label"], f"{label['probability']:.4f}") for label in result.get("labels", ())]
+        named += [(value["target"], f"{value['value']:.6g}") for value in result.get("values", ())]
+        if not named and "error" not in result:
+            named = [("(no label)", "")]
+        rows += [(result["file"] if rank == 0 else "", *one) for rank, one in enumerate(named)]
     return rows

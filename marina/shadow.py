@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ _PAIRS = 60
 _LONGEST_SECONDS = 15.0
 """Inputs are sent again until there are so many pairs of latencies, or for so long, but each of them once at least."""
 _ANSWER_SECONDS = 60.0
+_ALIKE_DEVIATIONS = 0.25
+"""By which values may differ and still count as the same: an R² of the new answers on the old ones of about 0.94."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +43,7 @@ class Shadow:
     old: Arm
     new: Arm
     alike: int
-    """Inputs with the same first label."""
+    """Inputs with the same first label; see `alike`."""
     compared: int
     """Inputs that both versions answered."""
     golden: int
@@ -58,15 +61,15 @@ class _Side:
     errors: int = 0
     latencies_ms: list[float] = field(default_factory=list)
 
-    def send(self, data: bytes) -> str | ClientError:
-        """The first label, or what went wrong."""
+    def send(self, data: bytes) -> Answer | ClientError:
+        """The answer, or what went wrong."""
         began = time.perf_counter()
         try:
             answer = self.ask(data)
         except ClientError as error:
             return error
         self.latencies_ms.append((time.perf_counter() - began) * 1e3)
-        return answer.predictions[0][0].label
+        return answer
 
     def arm(self) -> Arm:
         return Arm(answers=self.answers, errors=self.errors, latencies_ms=tuple(self.latencies_ms))
@@ -90,7 +93,7 @@ def compare(
     if not inputs:
         nothing = Arm(answers=0, errors=0, latencies_ms=())
         return Shadow(old=nothing, new=nothing, alike=0, compared=0, golden=0, recorded=0, live=0)
-    alike = compared = 0
+    pairs: list[tuple[Answer, Answer]] = []
     with InferenceClient(url, retries=NO_RETRIES, timeout=Timeout(read=_ANSWER_SECONDS)) as client:
         sides = _side(client, name, old), _side(client, name, new)
         for _ in range(2):  # what a first request pays is not what is compared
@@ -100,19 +103,41 @@ def compare(
         for turn, data in enumerate(_rounds(inputs)):
             first, second = sides if turn % 2 == 0 else sides[::-1]
             found = {id(first): first.send(data), id(second): second.send(data)}
-            labels = [found[id(side)] for side in sides]
-            _count(sides, labels)
-            if turn < len(inputs) and all(isinstance(label, str) for label in labels):
-                compared += 1
-                alike += labels[0] == labels[1]
+            one, other = (found[id(side)] for side in sides)
+            _count(sides, (one, other))
+            if turn < len(inputs) and isinstance(one, Answer) and isinstance(other, Answer):
+                pairs.append((one, other))
     return Shadow(
-        old=sides[0].arm(), new=sides[1].arm(), alike=alike, compared=compared,
+        old=sides[0].arm(), new=sides[1].arm(), alike=alike(pairs), compared=len(pairs),
         golden=len(golden), recorded=len(recorded), live=len(live),
     )  # fmt: skip
 
 
 def _side(client: InferenceClient, name: str, version: str) -> _Side:
-    return _Side(lambda data: client.predict(name, data, version=version, top_k=1))
+    # How many labels are wanted is left to the model: one for several labels then answers those above their thresholds.
+    return _Side(lambda data: client.predict(name, data, version=version))
+
+
+def alike(pairs: Sequence[tuple[Answer, Answer]]) -> int:
+    """How many old and new answers say the same: the first label; of several labels, all that are given; of values, each
+    target within a quarter of the standard deviation that the old version's answers have over these inputs."""
+    values = [[label.probability for label in old.predictions[0]] for old, _ in pairs if old.task == "regression"]
+    allowed = [_ALIKE_DEVIATIONS * statistics.pstdev(target) for target in zip(*values, strict=True)]
+    return sum(_says_the_same(old, new, allowed) for old, new in pairs)
+
+
+def _says_the_same(old: Answer, new: Answer, allowed: Sequence[float]) -> bool:
+    ours, theirs = old.predictions[0], new.predictions[0]
+    if old.task != new.task:
+        return False
+    if old.task == "multi-label":
+        return {label.label for label in ours} == {label.label for label in theirs}
+    if old.task == "multi-class":
+        return ours[0].label == theirs[0].label
+    if [label.label for label in ours] != [label.label for label in theirs]:
+        return False
+    values = zip(ours, theirs, allowed, strict=True)
+    return all(abs(one.probability - other.probability) <= limit for one, other, limit in values)
 
 
 def _rounds(inputs: Sequence[bytes]) -> Iterator[bytes]:
@@ -126,8 +151,8 @@ def _rounds(inputs: Sequence[bytes]) -> Iterator[bytes]:
             sent += 1
 
 
-def _count(sides: tuple[_Side, _Side], found: Sequence[str | ClientError]) -> None:
-    answered = [isinstance(item, str) for item in found]
+def _count(sides: tuple[_Side, _Side], found: Sequence[Answer | ClientError]) -> None:
+    answered = [isinstance(item, Answer) for item in found]
     for number, side in enumerate(sides):
         item = found[number]
         side.answers += 1

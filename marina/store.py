@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from handlerlib.spec import SPEC_FILE
 from marina import archive, model_config
 from marina.archive import Archive
 from marina.errors import ArchiveError, StoreError
@@ -107,8 +108,10 @@ def _read_config(item: Archive) -> dict[str, Any]:
 
 def find_artifact(artifacts: Path, text: str) -> Path:
     """A folder, or NAME (its newest version) or NAME:VERSION below `artifacts`. Raises ArchiveError."""
-    if Path(text).is_dir():
-        return Path(text)
+    folder = Path(text)
+    # A folder beside the user that shares the model's name, such as that of its data, is not what is meant.
+    if folder.is_dir() and ((folder / SPEC_FILE).is_file() or not (artifacts / text).is_dir()):
+        return folder
     name, _, version = text.partition(":")
     found = [path for path in (artifacts / name).glob("*") if archive.VERSION_PATTERN.fullmatch(path.name)]
     if version:

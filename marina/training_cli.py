@@ -16,7 +16,7 @@ from marina.screen import Screen, shown
 if TYPE_CHECKING:  # it comes with torch, which takes seconds
     from training.evaluate import Evaluation
     from training.html_report import Subject
-    from training.scoring import Questions
+    from training.scoring import Comparison, Questions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Overrides = Annotated[
@@ -91,7 +91,10 @@ def evaluate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Score on this folder instead of the test split: one folder per class, or a .zip."),
+        typer.Option(
+            "--data",
+            help="Score on this, not the test split: a folder with one folder per class, a .zip, or a .csv of texts.",
+        ),
     ] = None,
     url: Annotated[
         str | None, typer.Option("--url", help="Score what is served there, e.g. http://127.0.0.1:8080.")
@@ -119,12 +122,11 @@ def evaluate(
         name=name,
         version=version or None,
         folder=data,
-        root=root,
         concurrency=concurrency,
         compare=compare,
         report=report_file,
     )
-    _evaluate_served(screen, home, url, key_file, options)
+    _evaluate_served(screen, home, url, key_file, root, options)
 
 
 def export(
@@ -156,11 +158,15 @@ def _evaluate_here(screen: Screen, target: Path, root: str | None, data: Path | 
         screen.say(f"report    {shown(report_file)}")
 
 
-def _evaluate_served(screen: Screen, home: Home, url: str, key_file: Path | None, options: scoring.Options) -> None:
+def _evaluate_served(
+    screen: Screen, home: Home, url: str, key_file: Path | None, root: str | None, options: scoring.Options
+) -> None:
     with scoring.open_client(url, key_file) as client, ProgressReporter(screen.err) as report:
-        score = scoring.score(client, options, home, report)
+        from training import judge
+
+        score = scoring.score(client, options, home, judge.Judge(report, root), report)
     if options.report is not None:
-        _write_report(options.report, scoring_view.subject(score, url), score.evaluation, score.asked)
+        _write_report(options.report, served_subject(score, url), score.evaluation, score.asked)
     screen.result(scoring_view.fields(score, url) | _figures(score.evaluation) | _reported(options.report))
     scoring_view.show(screen, score, url)
     _show_classes(screen, score.evaluation)
@@ -169,6 +175,23 @@ def _evaluate_served(screen: Screen, home: Home, url: str, key_file: Path | None
     against = scoring_view.against(score, url)
     if against is not None:
         screen.end_with(against)
+
+
+def served_subject(score: scoring.Score[Questions, Evaluation, Comparison], url: str) -> Subject:
+    """What a report of a served model says beside the figures."""
+    from training import html_report, pipeline
+
+    about = html_report.Subject(title="", subtitle="")
+    if score.artifact is not None:
+        about = pipeline.subject(score.artifact, score.asked)
+    failures = [(one.name, one.reason) for one in score.answered.failures]
+    return dataclasses.replace(
+        about,
+        title=f"Report: {score.model} {score.version} as served",
+        subtitle=f"{url}, {score.asked.what}",
+        served=html_report.Served(facts=scoring_view.facts(score, url), failures=failures),
+        warnings=scoring_view.warnings(score),
+    )
 
 
 def _write_report(path: Path, subject: Subject, found: Evaluation, asked: Questions) -> None:
@@ -183,14 +206,17 @@ def _reported(path: Path | None) -> dict[str, str]:
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:
-    per_class = [dataclasses.asdict(row) for row in found.per_class]
-    return {"metrics": found.metrics, "labels": found.labels, "per_class": per_class, "confusion": found.confusion}
+    rows = [dataclasses.asdict(row) for row in found.rows]
+    figures = {"metrics": found.metrics, "task": found.task, "labels": found.labels}
+    if found.task == "multi-class":
+        return figures | {"per_class": rows, "confusion": found.confusion}
+    return figures | {"per_label" if found.task == "multi-label" else "per_target": rows}
 
 
 def _show_classes(screen: Screen, found: Evaluation) -> None:
-    per_class = [dataclasses.asdict(row) for row in found.per_class]
-    rows = [["–" if value is None else value for value in row.values()] for row in per_class]
-    screen.table(list(per_class[0]), rows)
+    table = [dataclasses.asdict(row) for row in found.rows]
+    rows = [["–" if value is None else value for value in row.values()] for row in table]
+    screen.table(list(table[0]), rows)
 
 
 def _show_metrics(screen: Screen, metrics: dict[str, float], title: str) -> None:
@@ -199,7 +225,5 @@ def _show_metrics(screen: Screen, metrics: dict[str, float], title: str) -> None
 
 
 def _run_or_artifact(home: Home, text: str) -> Path:
-    if Path(text).is_dir():
-        return Path(text)
     run = home.runs / text
-    return run if run.is_dir() else store.find_artifact(home.artifacts, text)
+    return run if run.is_dir() and not Path(text).is_dir() else store.find_artifact(home.artifacts, text)

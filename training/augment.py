@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from training.config import Augment
+from training.seeds import generator as seeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Draws:
     images: int
     """In the whole batch."""
     part: slice
+    mirrored: Tensor | None = None
+    """bool, which images of the part to mirror; drawn when left out."""
 
     def rand(self) -> Tensor:
         """One number in [0, 1) for each image of the part."""
@@ -41,13 +44,22 @@ def augment(x_BCHW: Tensor, recipe: Augment, generator: Generator | Draws) -> Te
     return _changed(x_BCHW, recipe, draws)
 
 
+def alternating(rows: Tensor, images: int, seed: int, epoch: int) -> Tensor:
+    """bool `[B]`: which of these rows of `images` are mirrored in this epoch, each in every second one.
+
+    From K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.6.
+    """
+    first = torch.rand(images, generator=seeded(seed, "flip")) < 0.5
+    return first[rows] ^ bool(epoch % 2)
+
+
 def _changed(x_BCHW: Tensor, recipe: Augment, draws: Draws) -> Tensor:
     if recipe.rotation or recipe.scale:
         x_BCHW = _turn_and_scale(x_BCHW, recipe, draws)
     if recipe.shift:
         x_BCHW = _shift(x_BCHW, recipe.shift, draws)
     if recipe.flip:
-        mirrored = draws.rand() < 0.5
+        mirrored = draws.rand() < 0.5 if draws.mirrored is None else draws.mirrored
         x_BCHW = torch.where(mirrored.to(x_BCHW.device).view(-1, 1, 1, 1), x_BCHW.flip(-1), x_BCHW)
     if recipe.contrast or recipe.brightness:
         gain = 1 + _uniform(x_BCHW, recipe.contrast, draws)

@@ -34,7 +34,7 @@ FITTED_FILE = "fitted.json"
 REPORT_FILE = "comparison.json"
 TABLE_FILE = "comparison.md"
 CHART_FILE = "comparison.png"
-COLUMNS = ("recipe", "changed", "best epoch", "loss", "accuracy", "training loss", "seconds", "weights", "error")
+COLUMNS = ("recipe", "changed", "best epoch", "loss", "accuracy or R²", "training loss", "seconds", "weights", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,12 @@ class Row:
         return sum(line["seconds"] for line in self.history)
 
     def best(self, key: str) -> float | None:
-        return self.history[self.best_epoch - 1][key] if self.best_epoch else None
+        return self.history[self.best_epoch - 1].get(key) if self.best_epoch else None
+
+    @property
+    def score(self) -> float | None:
+        """What is better when it is higher: accuracy, of a regression R²; None when no epoch was kept."""
+        return self.best("validation_r2" if self.variant.recipe.task == "regression" else "validation_accuracy")
 
     def fields(self) -> dict[str, Any]:
         """As `comparison.json` and --json show it."""
@@ -82,6 +87,7 @@ class Row:
             "epochs": len(self.history),
             "validation_loss": self.best("validation_loss"),
             "validation_accuracy": self.best("validation_accuracy"),
+            **({"validation_r2": self.score} if self.variant.recipe.task == "regression" else {}),
             "train_loss": self.best("train_loss"),
             "seconds": round(self.seconds, 3),
             "weights": self.weights or None,
@@ -90,7 +96,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """As the table shows it, in the order of COLUMNS."""
-        figures = [self.best(key) for key in ("validation_loss", "validation_accuracy", "train_loss")]
+        figures = [self.best("validation_loss"), self.score, self.best("train_loss")]
         return [
             self.variant.recipe.name,
             ", ".join(f"{key}={value}" for key, value in self.variant.changes.items()),
@@ -141,6 +147,12 @@ def read_variants(
         same = seen.setdefault(_digest(variant.recipe), variant.name)
         if same != variant.name or [one.name for one in found].count(variant.name) > 1:
             raise RecipeError(f"'{variant.name}' and '{same}' are the same training", remedy="leave one of them out")
+    tasks = sorted({variant.recipe.task for variant in found})
+    if len(tasks) > 1:
+        raise RecipeError(
+            f"the variants learn different tasks, {' and '.join(tasks)}: their losses are not of one kind",
+            remedy="compare recipes of one task",
+        )
     if len(found) < 2:
         raise RecipeError(
             "there is one variant, and nothing to compare it with",
@@ -315,5 +327,6 @@ def _labelled(report: Report, name: str) -> Report:
 def _sentence(row: Row) -> str:
     if row.error:
         return f"{row.variant.name}: failed, {row.error}"
-    told = f"{row.variant.name}: loss {row.best('validation_loss'):.4f}, accuracy {row.best('validation_accuracy'):.4f}"
+    what = "R²" if row.variant.recipe.task == "regression" else "accuracy"
+    told = f"{row.variant.name}: loss {row.best('validation_loss'):.4f}, {what} {row.score:.4f}"
     return f"{told}{' (trained earlier)' if row.reused else f' in {row.seconds:.1f} s'}"

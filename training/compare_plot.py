@@ -27,14 +27,16 @@ Curve = tuple[str, Sequence[Mapping[str, float]], int]
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Loss and accuracy on the validation split against epochs and against time; thin lines are the training loss."""
+    """Loss and accuracy (or R²) on the validation split against epochs and against time; thin lines are training's loss."""
     figure = Figure(figsize=(12, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 2, sharey="row")
-    for row, what in enumerate(("loss", "accuracy")):
+    score = _score(curves)
+    for row, what in enumerate(("loss", score)):
         for column, against in enumerate(("epoch", "seconds")):
             _panel(grid[row, column], curves, what, against)
-        grid[row, 0].set_ylabel("loss (nats)" if what == "loss" else what)
+        named = {"loss": "loss (standardised)" if score == "r2" else "loss (nats)", "r2": "R²"}
+        grid[row, 0].set_ylabel(named.get(what, what))
     handles = [
         Line2D([], [], label=_label(curve), color=colour, linestyle=dash)
         for curve, (colour, dash) in zip(curves, _looks(), strict=False)
@@ -45,6 +47,11 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     for text in legend.get_texts():
         text.set_parse_math(False)
     files.write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None}))
+
+
+def _score(curves: Sequence[Curve]) -> str:
+    """What is drawn beside the loss."""
+    return "r2" if any("validation_r2" in line for _, lines, _ in curves for line in lines) else "accuracy"
 
 
 def _looks() -> Iterator[tuple[str, _Dash]]:
@@ -84,4 +91,4 @@ def _keep_readable(axes: Axes, curves: Sequence[Curve]) -> None:
 def _label(curve: Curve) -> str:
     name, lines, best = curve
     shown = name if len(name) <= 44 else name[:43] + "…"
-    return f"{shown} ({lines[best - 1]['validation_accuracy']:.4f})" if best else f"{shown} (failed)"
+    return f"{shown} ({lines[best - 1][f'validation_{_score([curve])}']:.4f})" if best else f"{shown} (failed)"

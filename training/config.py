@@ -22,16 +22,21 @@ from pydantic import (
     model_validator,
 )
 
-from handlerlib.spec import Limits, TextPreprocess, closest
+from handlerlib.spec import Limits, Task, TextPreprocess, closest
 from training.errors import RecipeError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Source = Literal["digits", "folder", "mnist", "fashion_mnist", "cifar10", "texts", "csv"]
+Source = Literal["digits", "folder", "mnist", "fashion_mnist", "cifar10", "image_csv", "digit_pairs", "texts", "csv"]
 TEXT_SOURCES: tuple[Source, ...] = ("texts", "csv")
+TABLES: tuple[Source, ...] = ("csv", "image_csv")
+"""Sources whose labels stand in the columns of a file."""
+PAIR_TARGETS = ("sum", "difference")
+"""Of `digit_pairs`: left digit plus right one, and left one minus right one."""
 Precision = Literal["fp32", "bf16", "fp16"]
-Optimizer = Literal["gradient_descent", "sgd", "adam", "adamw", "rmsprop", "adagrad"]
-Schedule = Literal["constant", "step", "inverse_time", "exponential", "cosine", "one_cycle", "plateau"]
+Optimizer = Literal["gradient_descent", "sgd", "muon", "adam", "adamw", "rmsprop", "adagrad"]
+Schedule = Literal["constant", "linear", "step", "inverse_time", "exponential", "cosine", "one_cycle", "plateau"]
+Kind = Literal["head", "bias", "norm"]
 _LIMITS = Limits()
 _TEXT = TextPreprocess(buckets=1)
 # Keys that one kind of recipe has and the other refuses, so that a setting without effect is never taken for one with.
@@ -42,18 +47,43 @@ _IMAGE_KEYS: dict[str, frozenset[str]] = {
     "serve": frozenset(["max_pixels"]),
     "": frozenset(["augment", "distil"]),
 }
-_CSV_KEYS = frozenset(
+_TABLE_KEYS = frozenset(
     [
+        "encoding",
         "delimiter",
         "columns",
         "label_column",
-        "text_columns",
         "class_names",
         "train_rows",
         "validation_rows",
         "test_rows",
     ]
 )
+_CSV_KEYS = _TABLE_KEYS - {"encoding"} | {"text_columns"}
+# Keys of some tasks only, which the others refuse.
+_TASK_KEYS: dict[Task, dict[str, frozenset[str]]] = {
+    "multi-class": {
+        "data": frozenset(["label_columns", "label_separator", "target_columns"]),
+        "train": frozenset(["loss"]),
+    },
+    "multi-label": {
+        "data": frozenset(["class_names", "target_columns"]),
+        "train": frozenset(["loss", "label_smoothing"]),
+        "model": frozenset(["naive_bayes"]),
+        "": frozenset(["distil", "evaluate"]),
+    },
+    "regression": {
+        "data": frozenset(["class_names", "label_column", "label_columns", "label_separator"]),
+        "train": frozenset(["class_weights", "label_smoothing"]),
+        "model": frozenset(["naive_bayes"]),
+        "": frozenset(["distil", "evaluate"]),
+    },
+}
+_MONITORS: dict[Task, tuple[str, ...]] = {
+    "multi-class": ("accuracy", "loss", "macro_f1"),
+    "multi-label": ("loss", "accuracy", "macro_f1"),
+    "regression": ("loss", "r2"),
+}
 _TEXT_KEYS: dict[str, frozenset[str]] = {
     "data": _CSV_KEYS | {"encoding", "empty"},
     "model": frozenset(["width", "pooling", "idf", "filters", "lengths", "naive_bayes"]),
@@ -71,7 +101,7 @@ class Data(_Section):
     source: Source
     root: str | None = None
     """Folder (or .zip) of the images or of the .txt files, needed by `folder` and `texts`; the file, or the folder with
-    train.csv and test.csv, needed by `csv`; where the torchvision sets are kept, `data` by default."""
+    train.csv and test.csv, needed by `csv` and `image_csv`; where the torchvision sets are kept, `data` by default."""
     image_size: Literal["auto"] | Annotated[int, Field(ge=4, le=1024)] = "auto"
     """Side of the network's input in pixels. auto: the images' common size when they share one of at most
     `max_side` a side, otherwise `max_side`."""
@@ -90,15 +120,23 @@ class Data(_Section):
     memory_mib: int = Field(default=1024, ge=0)
     """Decoded images beyond this many MiB lie in a memory-mapped file in the run folder while training."""
     encoding: str = "utf-8"
-    """Of the texts' files."""
+    """Of the texts' files, and of a file with a table."""
     empty: Literal["refuse", "leave_out"] = "refuse"
     """What becomes of texts of which normalisation leaves nothing."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """Between the columns of `csv`."""
+    """Between the columns of `csv` or `image_csv`."""
     columns: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Names of the columns of a `csv` whose first row is data; left out, the first row holds the names."""
     label_column: str = "label"
-    """The class of a row of `csv`."""
+    """The class of a row of `csv` or `image_csv`; of a multi-label recipe with a `label_separator`, all its labels."""
+    label_separator: str = ""
+    """Multi-label: between the labels in `label_column`, e.g. ";"; an empty column is a row without any."""
+    label_columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Multi-label: one column per label instead, of its name, with 1 where the row has the label and 0 where not."""
+    target_columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Regression: the columns with numbers that the model learns to give; of `digit_pairs`, some of sum and difference."""
+    path_column: str = "image"
+    """Of `image_csv`: the image's file, relative to the file with the table."""
     text_columns: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("text",)
     """One or more, joined by a line break."""
     class_names: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -172,8 +210,8 @@ class Model(_Section):
     lengths: Annotated[tuple[Annotated[int, Field(ge=1, le=16)], ...], Field(strict=False, min_length=1)] = (2, 3, 4)
     """For text_cnn: terms in a row that a pattern covers."""
     naive_bayes: float = Field(default=0.0, ge=0)
-    """For embedding_bag of width 0: start as the naive Bayes classifier of the training texts with this smoothing (see
-    `training.text_start`); 0 starts at random."""
+    """For embedding_bag of width 0: start as the naive Bayes classifier of the training texts with this smoothing; for
+    text_cnn: start with what that one says of each term (see `training.text_start`). 0 starts at random."""
 
 
 class Stage(_Section):
@@ -211,12 +249,17 @@ class Train(_Section):
     """See `training.optimisers`. gradient_descent makes one update an epoch, with the gradient of all its images."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """The peak of the schedule."""
+    rates: dict[Kind, Annotated[float, Field(ge=0)]] = {}
+    """Factors on the rate of some weights: of the last linear layer's (head), of biases, of the scales of norms; 1 for
+    those not named, and 0 leaves them as they start. They do not change how fast a weight decays."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """For sgd."""
+    """For sgd and muon."""
     nesterov: bool = True
-    """sgd's momentum in Nesterov's form."""
+    """Momentum in Nesterov's form."""
     weight_decay: float = Field(default=0.01, ge=0)
     """As the optimiser applies it, on weights of two or more dimensions; biases and norms are left alone."""
+    decay_biases: bool = False
+    """Weight decay on biases and the scales of norms too."""
     l1: float = Field(default=0.0, ge=0)
     """Penalty l1 * sum |w| on the same weights; it makes many of them nearly zero."""
     l2: float = Field(default=0.0, ge=0)
@@ -235,11 +278,17 @@ class Train(_Section):
     """Epochs over which the rate rises to the schedule's first, in a line."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
-    """Weight of each class in the loss, 1 for those not named. balanced: images / (classes x images of the class)."""
+    """Weight of each class in the loss, 1 for those not named. balanced: images / (classes x images of the class). Of a
+    multi-label recipe the weight of images that have the label beside those that have not; balanced: images without /
+    images with it."""
     early_stopping: int = Field(default=0, ge=0)
     """Stop after this many epochs without a better `monitor`; 0 trains all epochs."""
-    monitor: Literal["accuracy", "loss", "macro_f1"] = "accuracy"
-    """What the best epoch is chosen by, on the validation split; ties go to the lower loss."""
+    monitor: Literal["accuracy", "loss", "macro_f1", "r2"] = "accuracy"
+    """What the best epoch is chosen by, on the validation split; ties go to the lower loss. Multi-label and regression
+    take the loss when it is left out; there accuracy is the share of images whose labels are all right at a threshold of
+    one half, and r2 the mean of the targets' coefficients of determination."""
+    loss: Literal["mean_squared_error", "mean_absolute_error"] = "mean_squared_error"
+    """Of a regression, of standardised targets. Absolute errors take less notice of outliers."""
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     """Longest time of training that a power cut can cost."""
     threads: int = Field(default=0, ge=0)
@@ -284,8 +333,9 @@ class Augment(_Section):
 
     shift: float = Field(default=0.0, ge=0, le=0.5)
     """Largest shift, as part of the side; edges are repeated."""
-    flip: bool = False
-    """Mirror every second image left to right."""
+    flip: bool | Literal["alternating"] = False
+    """Mirror every second image left to right. alternating: an image that was mirrored in one epoch is not in the next,
+    so that two epochs show both sides of every image."""
     rotation: float = Field(default=0.0, ge=0, le=180)
     """Largest angle in degrees, both ways."""
     scale: float = Field(default=0.0, ge=0, lt=1)
@@ -391,6 +441,8 @@ class Recipe(_Section):
     version: str = Field(default="auto", pattern=r"^(auto|\d+(\.\d+)*)$")
     """auto: the next free 1.N under `artifacts/<name>/`."""
     seed: int = Field(default=0, ge=0)
+    task: Task = "multi-class"
+    """What is learned: one class of several, any number of labels, or values (see `handlerlib.tasks`)."""
     data: Data
     text: Text = Text()
     """Of recipes for texts."""
@@ -410,24 +462,68 @@ class Recipe(_Section):
             return values | {"search": {key: _range(key, value) for key, value in _ranges(values["search"])}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_monitor(cls, values: Any) -> Any:
+        """Accuracy is for classes."""
+        train = values.get("train", {}) if isinstance(values, dict) else None
+        if not isinstance(train, dict) or values.get("task") not in ("multi-label", "regression"):
+            return values
+        return values | {"train": {"monitor": "loss"} | train}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.data.source == "digits" and self.data.root is not None:
+        if self.data.source in ("digits", "digit_pairs") and self.data.root is not None:
             raise ValueError("data.root: the digits come with scikit-learn, leave root out")
-        for section, keys in self._foreign().items():
-            part = getattr(self, section) if section else self
-            for key in sorted(part.model_fields_set & keys):
-                name = f"{section}.{key}" if section else key
-                raise ValueError(f"{name} is not for the source '{self.data.source}': leave it out")
+        for foreign, of in ((self._foreign(), f"source '{self.data.source}'"), (_TASK_KEYS[self.task], self._for_task)):
+            for section, keys in foreign.items():
+                part = getattr(self, section) if section else self
+                for key in sorted(part.model_fields_set & keys):
+                    name = f"{section}.{key}" if section else key
+                    raise ValueError(f"{name} is not for the {of}: leave it out")
+        self._check_task()
         if self.of_texts:
             self._check_texts()
         return self
 
+    @property
+    def _for_task(self) -> str:
+        return f"task '{self.task}'"
+
+    def _check_task(self) -> None:
+        if self.train.monitor not in _MONITORS[self.task]:
+            known = ", ".join(_MONITORS[self.task])
+            raise ValueError(f"train.monitor: the {self._for_task} has no {self.train.monitor}, take one of {known}")
+        data, source = self.data, self.data.source
+        if self.task == "multi-class":
+            if source == "digit_pairs":
+                raise ValueError('data.source: digit_pairs have no one class, set task = "multi-label" or "regression"')
+            return
+        if source not in (*TABLES, "digit_pairs"):
+            raise ValueError(
+                f"data.source: the {self._for_task} reads a table, csv (of texts) or image_csv, or digit_pairs"
+            )
+        if self.task == "multi-label" and source in TABLES and bool(data.label_columns) == bool(data.label_separator):
+            raise ValueError(
+                "data.label_columns: give the labels' columns, or label_separator where one column holds all; not both"
+            )
+        if self.task == "regression":
+            self._check_targets()
+
+    def _check_targets(self) -> None:
+        targets = self.data.target_columns
+        if self.data.source != "digit_pairs":
+            if not targets:
+                raise ValueError("data.target_columns: name the columns with the numbers to be learned")
+        elif unknown := [name for name in targets if name not in PAIR_TARGETS]:
+            known = ", ".join(PAIR_TARGETS)
+            raise ValueError(f"data.target_columns: digit_pairs have no '{unknown[0]}', they have {known}")
+
     def _check_texts(self) -> None:
         if any(stage.image_size is not None for stage in self.train.stages):
             raise ValueError(f"train.stages.image_size is not for the source '{self.data.source}': leave it out")
-        if self.model.naive_bayes and (self.model.architecture != "embedding_bag" or self.model.width):
-            raise ValueError('model.naive_bayes needs architecture = "embedding_bag" and width = 0')
+        if self.model.naive_bayes and self.model.architecture != "text_cnn" and self.model.width:
+            raise ValueError('model.naive_bayes needs architecture = "embedding_bag" and width = 0, or "text_cnn"')
         if self.model.architecture == "text_cnn" and not self.model.width:
             raise ValueError("model.width: text_cnn needs at least 1")
 
@@ -442,15 +538,26 @@ class Recipe(_Section):
         return "text" if self.of_texts else "image"
 
     def _foreign(self) -> dict[str, frozenset[str]]:
-        """Keys by section that this kind of recipe does not have."""
-        if not self.of_texts:
-            return _TEXT_KEYS
-        return _IMAGE_KEYS if self.data.source == "csv" else _IMAGE_KEYS | {"data": _IMAGE_KEYS["data"] | _CSV_KEYS}
+        """Keys by section that a recipe for this source does not have."""
+        source = self.data.source
+        known = _TEXT_KEYS if not self.of_texts else _IMAGE_KEYS
+        keys = known["data"]
+        if source == "image_csv":
+            keys -= _TABLE_KEYS
+        elif source == "texts":
+            keys |= _CSV_KEYS
+        if source != "image_csv":
+            keys |= {"path_column"}
+        if source not in TABLES:
+            keys |= {"label_columns", "label_separator"}
+        if source not in (*TABLES, "digit_pairs"):
+            keys |= {"target_columns"}
+        return known | {"data": keys}
 
     @model_serializer(mode="wrap")
     def _own_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        for section, keys in self._foreign().items():
+        for section, keys in (*self._foreign().items(), *_TASK_KEYS[self.task].items()):
             part = values.get(section) if section else values
             if isinstance(part, dict):
                 for key in keys:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from handlerlib import imaging
 from handlerlib.errors import RequestError
-from handlerlib.spec import Preprocess, TextPreprocess
+from handlerlib.spec import Preprocess, Scaling, TextPreprocess
 from handlerlib.text import stack
+from training import truth
 from training.config import Recipe
 from training.errors import DataError
 from training.progress import Report, Step
@@ -126,13 +127,15 @@ class Dataset:
     """uint8, as kept in memory: at the network's size, or at the images' own where that is smaller (see `pixels`);
     empty when only the splits were asked for."""
     targets_N: Tensor
-    """int64 class numbers."""
+    """int64 class numbers; of other tasks float32 `[N, K]`, as `training.truth.learned` gives them."""
     rows: Mapping[Split, tuple[int, ...]]
     notes: Notes = field(default_factory=Notes)
     text: TextPreprocess | None = None
     """Of texts, which have neither `preprocess` nor `x_NCHW`."""
     terms: tuple[Tensor, ...] = ()
     """Of texts: int32 `[terms]` per row; none when only the splits were asked for."""
+    scaling: tuple[Scaling, ...] = ()
+    """Of a regression: how `targets_N` were standardised, per target."""
 
     def sizes(self) -> dict[str, int]:
         return {split: len(self.rows[split]) for split in SPLITS}
@@ -162,13 +165,13 @@ class Dataset:
 
 def survey(recipe: Recipe, *, threads: int, report: Report) -> Survey:
     """Read every image (or text) of the source once. Raises DataError when they are no classification data set."""
-    offered = listing(recipe.data)
+    offered = listing(recipe.data, recipe.task)
     results = _each(_examiner(recipe), offered.entries, threads=threads, phase="read", report=report)
     skipped = [*offered.skipped, *(result for result in results if isinstance(result, Skipped))]
     found = [result for result in results if isinstance(result, Found)]
     check_classes(found, offered.classes, skipped, recipe)
     if recipe.data.max_images is not None:
-        found = _thin(found, recipe.data.max_images, recipe.seed)
+        found = _thin(found, recipe.data.max_images, recipe)
     found.sort(key=lambda one: (one.digest, one.entry.label, one.entry.name))
     lines = sorted(f"{one.digest} {one.entry.given or '-'} {one.entry.label}\n" for one in found)
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -197,16 +200,18 @@ def prepare(
         x_NCHW = x_NCHW[:, :1]
     grouped = groups(images, keys)
     rows, removed = divide(images, grouped, recipe)
-    check_splits(images, rows, surveyed.classes)
+    check_splits(images, rows, surveyed.classes, recipe)
     notes = Notes(
         unreadable=(*surveyed.skipped, *damaged),
         duplicates=len(images) - len(grouped),
         removed=tuple(images[row].entry.name for row in removed),
         conflicts=tuple(conflicts(images, grouped)),
     )
-    numbers = {label: number for number, label in enumerate(surveyed.classes)}
-    targets_N = torch.tensor([numbers[one.entry.label] for one in images])
-    dataset = Dataset(tuple(images), surveyed.classes, preprocess, x_NCHW, targets_N, rows, notes)
+    labels = [one.entry.label for one in images]
+    targets_N, scaling = truth.learned(labels, surveyed.classes, recipe.task, rows["train"])
+    dataset = Dataset(
+        tuple(images), surveyed.classes, preprocess, x_NCHW, targets_N, rows, notes, scaling=scaling
+    )  # fmt: skip
     return replace(dataset, preprocess=_with_statistics(dataset)) if keep else dataset
 
 
@@ -242,13 +247,13 @@ def _examine(entry: Entry) -> Found | Skipped:
     return Found(entry, hashlib.sha256(content).hexdigest(), (height, width) if turned else (width, height))
 
 
-def _thin(found: list[Found], most: int, seed: int) -> list[Found]:
+def _thin(found: list[Found], most: int, recipe: Recipe) -> list[Found]:
     """At most about `most` images, in proportion over given sides and classes, two of each at least."""
     part = min(1.0, most / len(found))
     strata: dict[tuple[str, str], list[Found]] = defaultdict(list)
     for one in found:
-        strata[one.entry.given or "", one.entry.label].append(one)
-    kept = (sorted(stratum, key=lambda one: _draw(seed, one.digest)) for stratum in strata.values())
+        strata[one.entry.given or "", one.entry.label if recipe.task == "multi-class" else ""].append(one)
+    kept = (sorted(stratum, key=lambda one: _draw(recipe.seed, one.digest)) for stratum in strata.values())
     return [one for stratum in kept for one in stratum[: max(2, math.floor(len(stratum) * part))]]
 
 
@@ -411,7 +416,7 @@ def divide(
     own_test = bool(rows["test"])
     own_validation = bool(rows["validation"])
     fractions = (0.0 if own_validation else data.validation, 0.0 if own_test else data.test)
-    for split, part in _stratify(images, free, recipe.seed, *fractions).items():
+    for split, part in _stratify(images, free, recipe, *fractions).items():
         rows[split] += part
     ordered = {
         split: tuple(sorted(part, key=lambda row: (_draw(recipe.seed, images[row].digest), images[row].entry.name)))
@@ -421,16 +426,17 @@ def divide(
 
 
 def _stratify(
-    images: Sequence[Found], groups: Sequence[Sequence[int]], seed: int, validation: float, test: float
+    images: Sequence[Found], groups: Sequence[Sequence[int]], recipe: Recipe, validation: float, test: float
 ) -> dict[Split, list[int]]:
-    """Divide every class in the same proportions: test first, then validation, the rest trains."""
+    """Divide every class in the same proportions: test first, then validation, the rest trains. Sets of labels and values
+    are divided at random: most of them are of one image alone."""
     by_label: dict[str, list[Sequence[int]]] = defaultdict(list)
     for group in groups:
         # Rows are in order of content, so the first one's label does not depend on names.
-        by_label[images[group[0]].entry.label].append(group)
+        by_label[images[group[0]].entry.label if recipe.task == "multi-class" else ""].append(group)
     rows: dict[Split, list[int]] = {split: [] for split in SPLITS}
     for members in by_label.values():
-        members.sort(key=lambda group: _draw(seed, images[group[0]].digest))
+        members.sort(key=lambda group: _draw(recipe.seed, images[group[0]].digest))
         tests = max(1, round(len(members) * test)) if test else 0
         validations = max(1, round(len(members) * validation)) if validation and len(members) - tests > 1 else 0
         bounds: tuple[tuple[Split, int], ...] = (("test", tests), ("validation", validations), ("train", len(members)))
@@ -444,7 +450,11 @@ def _stratify(
 
 
 def check_classes(images: Sequence[Found], classes: Sequence[str], skipped: Sequence[Skipped], recipe: Recipe) -> None:
-    """Raises DataError when there are not two classes of two images each, on each given side."""
+    """Raises DataError when there are not two classes of two images each, on each given side; of labels and values when
+    they cannot be learned from."""
+    if recipe.task != "multi-class":
+        truth.check([one.entry.label for one in images], classes, recipe)
+        return
     root = recipe.data.root or recipe.data.source
     thing, folders = recipe.thing, recipe.data.source != "csv"
     left_out = f"; {len(skipped)} files were left out: {some(f'{s.name} ({s.reason})' for s in skipped)}"
@@ -491,7 +501,12 @@ def _check_same_classes(
         )
 
 
-def check_splits(images: Sequence[Found], rows: Mapping[Split, Sequence[int]], classes: Sequence[str]) -> None:
+def check_splits(
+    images: Sequence[Found], rows: Mapping[Split, Sequence[int]], classes: Sequence[str], recipe: Recipe
+) -> None:
+    if recipe.task != "multi-class":
+        truth.check_splits([one.entry.label for one in images], rows, classes, recipe)
+        return
     judged: tuple[Split, ...] = ("train", "test")
     for split in judged:
         present = {images[row].entry.label for row in rows[split]}

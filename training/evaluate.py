@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -15,20 +15,19 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import (
-    average_precision_score,
-    confusion_matrix,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 
 from handlerlib import inputs
 from handlerlib.inputs import Inputs
-from handlerlib.spec import ModelSpec
+from handlerlib.spec import ModelSpec, Task
+from handlerlib.tasks import finish
+from training import multilabel, regression, truth
 from training.calibrate import Bin, at_temperature, expected_error, fit_temperature, reliability
 from training.data import Sample
+from training.multilabel import LabelMetrics, areas, mean
 from training.progress import Report, Step
+from training.regression import TargetMetrics
 
 CALIBRATION_SAMPLES = 5000
 """Validation samples that the temperature is fitted on, at most: it is one number."""
@@ -45,10 +44,11 @@ class Prediction:
 
     name: str
     label: str
-    """The true label."""
+    """The true label; of labels and values, their text of `training.truth`."""
     predicted: str
+    """The same of the answer."""
     probability: float
-    """Softmax of the predicted label."""
+    """Softmax of the predicted label; of several labels, the highest of all. 0 of values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ class Evaluation:
     metrics: dict[str, float]
     """Flat: test_accuracy, test_loss (nats), test_macro_precision, test_macro_recall, test_macro_f1, test_images,
     test_ece, where there is more than one class test_roc_auc and test_average_precision (means over classes), and with
-    a temperature other than 1 also test_loss_uncalibrated and test_ece_uncalibrated."""
+    a temperature other than 1 also test_loss_uncalibrated and test_ece_uncalibrated. Those of other tasks are given in
+    `training.multilabel` and `training.regression`."""
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     """Row: true label; column: predicted label; both in the order of `labels`."""
@@ -85,6 +86,29 @@ class Evaluation:
     """The reliability diagram."""
     uncalibrated: tuple[Bin, ...] = ()
     """The same at temperature 1, where the model has another one."""
+    task: Task = "multi-class"
+    per_label: tuple[LabelMetrics, ...] = ()
+    """Of a multi-label model, in place of `confusion`, `per_class`, `log_NK` and bins."""
+    per_target: tuple[TargetMetrics, ...] = ()
+    """Of a regression, in place of the same."""
+    outputs_NK: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), compare=False, repr=False)
+    """Of both: probabilities of all labels, or values, a row per prediction."""
+    true_NK: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), compare=False, repr=False)
+    """Of both: 1 where a sample has a label, or the true values."""
+
+    @property
+    def summary(self) -> str:
+        """The one figure for a title."""
+        if self.task == "regression":
+            return f"R² {self.metrics.get('test_r2', 0.0):.4f}"
+        if self.task == "multi-label":
+            return f"macro F1 {self.metrics['test_macro_f1']:.4f}"
+        return f"{self.metrics['test_accuracy']:.2%}"
+
+    @property
+    def rows(self) -> Sequence[ClassMetrics | LabelMetrics | TargetMetrics]:
+        """The table of classes, labels or targets."""
+        return self.per_label or self.per_target or self.per_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +127,8 @@ def evaluate(
     network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
 ) -> Evaluation:
     """Run every sample through the network, on the device where it lies. Raises RequestError for a damaged image."""
+    if spec.task != "multi-class":
+        return answers(spec, *_answered(network, spec, samples, total=total, threads=threads, report=report))
     names, true, log_NK = _collect(network, spec, samples, total=total, threads=threads, report=report)
     judged = figures(spec.labels, names, true, at_temperature(log_NK, spec.temperature))
     if spec.temperature == 1.0:
@@ -111,6 +137,48 @@ def evaluate(
     before = _bins(true_N, log_NK)
     kept = {"test_loss_uncalibrated": _loss(true_N, log_NK), "test_ece_uncalibrated": expected_error(before)}
     return replace(judged, metrics=judged.metrics | kept, uncalibrated=before)
+
+
+def answers(spec: ModelSpec, names: Sequence[str], true: Sequence[str], outputs_NK: NDArray[np.float64]) -> Evaluation:
+    """All figures of N answers of a model for labels or values, as a worker gives them; `true` are texts of
+    `training.truth`."""
+    true_NK = truth.rows(true, spec.labels, spec.task).numpy()
+    per_label: tuple[LabelMetrics, ...] = ()
+    per_target: tuple[TargetMetrics, ...] = ()
+    if spec.task == "regression":
+        metrics, per_target = regression.measure(spec.labels, spec.scaling, true_NK, outputs_NK)
+        said = [truth.of_values(row) for row in outputs_NK.tolist()]
+        sure = [0.0] * len(names)
+    else:
+        metrics, per_label = multilabel.measure(spec.labels, spec.thresholds, true_NK > 0.5, outputs_NK)
+        given = multilabel.given(outputs_NK, spec.thresholds)
+        said = [truth.of_labels(set(np.array(spec.labels)[row].tolist()), spec.labels) for row in given]
+        sure = outputs_NK.max(axis=1, initial=0.0).tolist()
+    return Evaluation(
+        metrics=metrics,
+        labels=spec.labels,
+        confusion=(),
+        per_class=(),
+        predictions=tuple(
+            Prediction(name, label, predicted, probability)
+            for name, label, predicted, probability in zip(names, true, said, sure, strict=True)
+        ),
+        task=spec.task,
+        per_label=per_label,
+        per_target=per_target,
+        outputs_NK=outputs_NK,
+        true_NK=true_NK,
+    )
+
+
+def with_thresholds(
+    network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
+) -> ModelSpec:
+    """The spec of a multi-label model with the thresholds that fit these samples, which must not be of the test split.
+    Raises RequestError for a damaged image."""
+    _, true, p_NK = _answered(network, spec, samples, total=total, threads=threads, report=report)
+    true_NK = truth.rows(true, spec.labels, spec.task).numpy()
+    return replace(spec, thresholds=multilabel.thresholds(true_NK > 0.5, p_NK))
 
 
 def calibrated(
@@ -124,10 +192,43 @@ def calibrated(
     return replace(spec, temperature=1.0 if found is None else found)
 
 
+def _answered(
+    network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
+) -> tuple[list[str], list[str], NDArray[np.float64]]:
+    """Names, true labels or values and what a worker would answer, in the samples' order."""
+    last = finish(spec)
+
+    @torch.no_grad()
+    def run(x_BCHW: Tensor) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = last(network(x_BCHW).float()).cpu().numpy()
+        return found
+
+    names, true, rows_NK = _run(network, spec, samples, run, total=total, threads=threads, report=report)
+    return names, true, rows_NK.astype(np.float64).reshape(len(names), len(spec.labels))
+
+
 def _collect(
     network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
 ) -> tuple[list[str], list[str], NDArray[np.float32]]:
     """Names, true labels and log-probabilities at temperature 1, in the samples' order."""
+
+    def run(x_BCHW: Tensor) -> NDArray[np.float32]:
+        return _log_probabilities(network, x_BCHW)
+
+    return _run(network, spec, samples, run, total=total, threads=threads, report=report)
+
+
+def _run(
+    network: nn.Module,
+    spec: ModelSpec,
+    samples: Iterable[Sample],
+    run: Callable[[Tensor], NDArray[np.float32]],
+    *,
+    total: int,
+    threads: int,
+    report: Report,
+) -> tuple[list[str], list[str], NDArray[np.float32]]:
+    """Names, true labels, and what `run` gives for each batch as the network takes it."""
     device = next(network.parameters()).device
     names: list[str] = []
     true: list[str] = []
@@ -136,7 +237,7 @@ def _collect(
     reading = inputs.of(spec)
     with ThreadPoolExecutor(threads) as pool:
         for block, batch in _decoded(samples, spec, reading, pool):
-            rows.append(_log_probabilities(network, reading.network(batch, device)))
+            rows.append(run(reading.network(batch, device)))
             names += [sample.name for sample in block]
             true += [sample.label for sample in block]
             report(Step("evaluate", len(names), total, ""))
@@ -181,9 +282,9 @@ def figures(
     true_N, guessed_N = _numbers(labels, true), log_NK.argmax(axis=1)
     every = list(range(len(labels)))
     precision, recall, f1, images = precision_recall_fscore_support(true_N, guessed_N, labels=every, zero_division=0)
-    areas = [_areas(true_N == k, log_NK[:, k]) for k in every]
+    under = [areas(true_N == k, log_NK[:, k]) for k in every]
     per_class = tuple(
-        ClassMetrics(label, float(precision[k]), float(recall[k]), float(f1[k]), int(images[k]), *areas[k])
+        ClassMetrics(label, float(precision[k]), float(recall[k]), float(f1[k]), int(images[k]), *under[k])
         for k, label in enumerate(labels)
     )
     bins = _bins(true_N, log_NK)
@@ -195,17 +296,17 @@ def figures(
         "test_macro_f1": float(np.mean(f1)),
         "test_images": float(len(true_N)),
         "test_ece": expected_error(bins),
-        **_mean("test_roc_auc", [row.roc_auc for row in per_class]),
-        **_mean("test_average_precision", [row.average_precision for row in per_class]),
+        **mean("test_roc_auc", [row.roc_auc for row in per_class]),
+        **mean("test_average_precision", [row.average_precision for row in per_class]),
     }
     confusion = confusion_matrix(true_N, guessed_N, labels=every)
-    answers = zip(names, true, guessed_N.tolist(), _sure(log_NK).tolist(), strict=True)
+    found = zip(names, true, guessed_N.tolist(), _sure(log_NK).tolist(), strict=True)
     return Evaluation(
         metrics=metrics,
         labels=tuple(labels),
         confusion=tuple(tuple(int(count) for count in row) for row in confusion),
         per_class=per_class,
-        predictions=tuple(Prediction(name, label, labels[best], sure) for name, label, best, sure in answers),
+        predictions=tuple(Prediction(name, label, labels[best], sure) for name, label, best, sure in found),
         log_NK=log_NK,
         bins=bins,
     )
@@ -248,18 +349,6 @@ def _sure(log_NK: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _bins(true_N: NDArray[np.int64], log_NK: NDArray[np.float32]) -> tuple[Bin, ...]:
     return reliability(_sure(log_NK).tolist(), (log_NK.argmax(axis=1) == true_N).tolist())
-
-
-def _areas(positive_N: NDArray[np.bool_], score_N: NDArray[np.float32]) -> tuple[float | None, float | None]:
-    """Under the ROC curve and, as average precision, under that of precision over recall."""
-    if positive_N.all() or not positive_N.any():
-        return None, None
-    return float(roc_auc_score(positive_N, score_N)), float(average_precision_score(positive_N, score_N))
-
-
-def _mean(name: str, areas: Sequence[float | None]) -> dict[str, float]:
-    known = [area for area in areas if area is not None]
-    return {name: float(np.mean(known))} if known else {}
 
 
 def _blocks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -24,7 +24,7 @@ import torch
 import torchvision
 from torch import nn
 
-from handlerlib import architectures, drift, imaging, inputs
+from handlerlib import architectures, drift, imaging, inputs, stored, tasks
 from handlerlib.calibration import soften
 from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER
 from handlerlib.spec import (
@@ -36,9 +36,10 @@ from handlerlib.spec import (
     GoldenSample,
     ModelSpec,
     Preprocess,
+    Scaling,
     TextPreprocess,
 )
-from training import files
+from training import files, multilabel, task_card, truth
 from training.config import Recipe
 from training.data import Sample
 from training.errors import RecipeError, TargetError
@@ -55,6 +56,7 @@ COMPRESSION_FILE = "compression.json"
 """Of an artifact that was made from another one: all figures, with latencies, of the machine that made it."""
 
 _MOST_GOLDEN = 16
+_GOLDEN_VALUES = 8
 _UNPUBLISHED = "0"
 
 
@@ -91,11 +93,17 @@ def save_weights(weights: Weights, path: Path) -> None:
 
 
 def require_images(spec: ModelSpec) -> None:
-    """Raises TargetError for a model that does not read images: nothing else is made smaller or faster yet."""
+    """Raises TargetError for a model that does not tell images apart: no faster form of another is made yet."""
     if spec.text is not None:
         raise TargetError(
-            f"{spec.name} {spec.version} reads texts, and only models of images are made smaller or faster",
-            remedy="serve it as it is; fewer terms make a smaller one, e.g. marina train ... --set text.least_texts=2",
+            f"{spec.name} {spec.version} reads texts, whose network takes microseconds, and only models of images are made"
+            " faster",
+            remedy=f"serve it as it is; marina compress {spec.name}:{spec.version} makes it smaller",
+        )
+    if spec.task != "multi-class":
+        raise TargetError(
+            f"{spec.name} {spec.version} is a {spec.task} model, and faster forms are judged by the share of right classes",
+            remedy="serve it as it is",
         )
 
 
@@ -103,7 +111,7 @@ def load_network(folder: Path, spec: ModelSpec) -> nn.Module:
     """The network of a run or artifact folder, on the CPU, in eval mode. Raises TargetError when the weights do not fit."""
     network = architectures.build(spec.architecture)
     try:
-        architectures.load_weights(network, safetensors.torch.load_file(folder / WEIGHTS_FILE))
+        architectures.load_weights(network, stored.widen(safetensors.torch.load_file(folder / WEIGHTS_FILE)))
     except Exception as error:
         raise TargetError(
             f"{folder / WEIGHTS_FILE} does not hold the weights of {SPEC_FILE}: {error}", remedy="train again"
@@ -117,9 +125,14 @@ def draft_spec(
     preprocess: Preprocess,
     labels: Sequence[str],
     text: TextPreprocess | None = None,
+    scaling: Sequence[Scaling] = (),
 ) -> ModelSpec:
-    """The spec of a run that has not been judged yet: its one golden sample is a placeholder."""
-    placeholder = GoldenSample(file="", label=labels[0], probabilities=(0.0,) * len(labels))
+    """The spec of a run that has not been judged yet: its one golden sample, and thresholds, are placeholders."""
+    zeros = (0.0,) * len(labels)
+    valued, labelled = recipe.task == "regression", recipe.task == "multi-label"
+    placeholder = GoldenSample(
+        file="", label=labels[0], probabilities=() if valued else zeros, values=zeros if valued else ()
+    )
     return ModelSpec(
         name=recipe.name,
         version=_UNPUBLISHED,
@@ -127,7 +140,10 @@ def draft_spec(
         architecture=shape,
         preprocess=preprocess,
         text=text,
+        task=recipe.task,
         labels=tuple(labels),
+        thresholds=(multilabel.DEFAULT_THRESHOLD,) * len(labels) if labelled else (),
+        scaling=tuple(scaling),
         limits=recipe.serve.limits,
         golden=Golden(tolerance=recipe.serve.tolerance, samples=(placeholder,)),
     )
@@ -140,7 +156,7 @@ def freeze(
 
     `network` is on the CPU, `samples` and `evaluation` are the test split's.
     """
-    wanted = _choose_golden(spec.labels, evaluation.predictions)
+    wanted = _choose_golden(spec, evaluation.predictions)
     chosen = {sample.name: sample for sample in samples if sample.name in wanted}
     staged = [chosen[name] for name in wanted]
     named = [
@@ -153,15 +169,26 @@ def freeze(
             (golden / Path(name).name).write_bytes(sample.data)
 
     files.publish(folder / GOLDEN_FOLDER, fill)
-    golden = tuple(GoldenSample(file=name, label=s.label, probabilities=_answer(network, spec, s)) for name, s in named)
-    numbers = {label: number for number, label in enumerate(spec.labels)}
-    answers = ((numbers[one.predicted], one.probability) for one in evaluation.predictions)
+    kind = "values" if spec.task == "regression" else "probabilities"
+    golden = tuple(
+        GoldenSample(file=name, label=sample.label, **{kind: _answer(network, spec, sample)}) for name, sample in named
+    )
     complete = dataclasses.replace(
         spec,
         golden=dataclasses.replace(spec.golden, samples=golden),
-        baseline=drift.measure(answers, len(spec.labels)),
+        baseline=drift.measure(_counted(spec, evaluation), len(spec.labels)),
     )
     files.write_text(folder / SPEC_FILE, complete.to_json())
+
+
+def _counted(spec: ModelSpec, evaluation: Evaluation) -> list[tuple[int, float]]:
+    """What a worker counts of each answer of the evaluation: `handlerlib.answers.Renderer.first`."""
+    if spec.task == "regression":
+        return [(0, drift.position(value, spec.scaling[0])) for value in evaluation.outputs_NK[:, 0].tolist()]
+    if spec.task == "multi-label":
+        return [(int(row.argmax()), float(row.max())) for row in evaluation.outputs_NK]
+    numbers = {label: number for number, label in enumerate(spec.labels)}
+    return [(numbers[one.predicted], one.probability) for one in evaluation.predictions]
 
 
 def provenance(
@@ -179,16 +206,26 @@ def provenance(
     )
 
 
-def _choose_golden(labels: Sequence[str], predictions: Sequence[Prediction]) -> list[str]:
-    """Names of test images: one per class, at most 16 classes evenly picked; a right answer where there is one."""
+def _choose_golden(spec: ModelSpec, predictions: Sequence[Prediction]) -> list[str]:
+    """Names of test images: one per class or label, at most 16 evenly picked, a right answer where there is one; of a
+    regression eight, evenly over the first target's values."""
+    labels = spec.labels
+    if spec.task == "regression":
+        ordered = sorted(predictions, key=lambda one: (json.loads(one.label)[0], one.name))
+        last = len(ordered) - 1
+        places = {round(number * last / (_GOLDEN_VALUES - 1)) for number in range(_GOLDEN_VALUES)}
+        return [ordered[place].name for place in sorted(places)]
     step = max(1.0, len(labels) / _MOST_GOLDEN)
     picked = [labels[int(number * step)] for number in range(min(len(labels), _MOST_GOLDEN))]
     names: list[str] = []
     for label in picked:
-        mine = [one for one in predictions if one.label == label]
-        right = [one for one in mine if one.predicted == label]
+        if spec.task == "multi-label":
+            mine = [one for one in predictions if label in truth.parts(one.label) and one.name not in names]
+        else:
+            mine = [one for one in predictions if one.label == label]
+        right = [one for one in mine if one.predicted == one.label]
         names += [one.name for one in (right or mine)[:1]]
-    return names
+    return names or [one.name for one in predictions[:1]]
 
 
 @torch.no_grad()
@@ -196,7 +233,7 @@ def _answer(network: nn.Module, spec: ModelSpec, sample: Sample) -> tuple[float,
     reading = inputs.of(spec)
     batch = reading.stack([reading.load(sample.data)])
     logits_1K = network.eval()(reading.network(batch, torch.device("cpu")))
-    return tuple(float(value) for value in soften(logits_1K.softmax(dim=1), spec.temperature)[0])
+    return tuple(float(value) for value in soften(tasks.finish(spec)(logits_1K), spec.temperature)[0])
 
 
 def _extension(data: bytes) -> str:
@@ -290,8 +327,7 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
     lines = [
         f"# {spec.name} {spec.version}",
         "",
-        f"Assigns {'an image' if thing == 'image' else 'a text'} to one of {len(spec.labels)} classes. Architecture:"
-        f" {spec.architecture.name}, input {_input(spec)}.",
+        f"{task_card.what(spec, thing)} Architecture: {spec.architecture.name}, input {_input(spec)}.",
         "",
         "## Data",
         "",
@@ -301,6 +337,28 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         "",
         "## Figures on the test split",
         "",
+        *(_classes(spec, metrics, thing) if spec.task == "multi-class" else task_card.figures(spec, metrics, thing)),
+        *_ancestry(came_from.compression, thing),
+        "## What it takes",
+        "",
+        *(_takes_images(spec) if spec.text is None else _takes_texts(spec, spec.text)),
+        "",
+        "## Limits",
+        "",
+        f"{task_card.limits(spec, thing)} The figures hold for {thing}s"
+        f" like those of the test split; near-copies that differ in a {'pixel' if thing == 'image' else 'word'} count as"
+        f" different {thing}s.",
+        "",
+        "## Origin",
+        "",
+        f"Run `{came_from.run}`, seed {recipe['seed']}, data `{came_from.data_digest[:16]}`, code"
+        f" `{came_from.git_revision}`, torch {came_from.versions['torch']}. All of it is in `{PROVENANCE_FILE}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _classes(spec: ModelSpec, metrics: Mapping[str, Any], thing: str) -> list[str]:
+    return [
         "| metric | value |",
         "|---|---|",
         f"| accuracy | {metrics['test_accuracy']:.4f} |",
@@ -318,23 +376,7 @@ def _card(spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance) ->
         ),
         "",
         *_confusions(spec.labels, metrics["confusion_matrix"]),
-        *_ancestry(came_from.compression),
-        "## What it takes",
-        "",
-        *(_takes_images(spec) if spec.text is None else _takes_texts(spec, spec.text)),
-        "",
-        "## Limits",
-        "",
-        f"It knows only its classes: {thing}s of anything else get one of these labels too. The figures hold for {thing}s"
-        f" like those of the test split; near-copies that differ in a {'pixel' if thing == 'image' else 'word'} count as"
-        f" different {thing}s.",
-        "",
-        "## Origin",
-        "",
-        f"Run `{came_from.run}`, seed {recipe['seed']}, data `{came_from.data_digest[:16]}`, code"
-        f" `{came_from.git_revision}`, torch {came_from.versions['torch']}. All of it is in `{PROVENANCE_FILE}`.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _confidence(spec: ModelSpec, metrics: Mapping[str, Any]) -> list[str]:
@@ -405,7 +447,7 @@ def _chosen(metrics: Mapping[str, Any]) -> str:
     return f"epoch {metrics['best_epoch']:.0f}" if "best_epoch" in metrics else "the form"
 
 
-def _ancestry(compression: Mapping[str, Any] | None) -> list[str]:
+def _ancestry(compression: Mapping[str, Any] | None, thing: str) -> list[str]:
     """What this model was made from, when it was not trained on the labels alone."""
     if compression is None:
         return []
@@ -417,7 +459,7 @@ def _ancestry(compression: Mapping[str, Any] | None) -> list[str]:
     return [
         "## Compression",
         "",
-        f"Made from {parent['name']} {parent['version']}: {compression['description']}. On {test['images']} test images"
+        f"Made from {parent['name']} {parent['version']}: {compression['description']}. On {test['images']} test {thing}s"
         f" {test['before']:.2f} % of the answers were right before and {test['after']:.2f} % are now: a loss of"
         f" {test['loss']:+.2f} points (95 % interval {test['low']:+.2f} to {test['high']:+.2f}).",
         "",
@@ -430,7 +472,7 @@ def _ancestry(compression: Mapping[str, Any] | None) -> list[str]:
                 ("compressed_bytes", "weights, deflated (bytes)"),
                 ("parameters", "parameters"),
                 ("nonzero", "parameters that are not 0"),
-                ("multiply_adds", "multiply-adds per image"),
+                ("multiply_adds", f"multiply-adds per {thing}"),
             )
         ),
         "",

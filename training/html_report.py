@@ -17,8 +17,8 @@ import jinja2
 from PIL import Image, ImageOps
 
 from handlerlib import imaging
-from handlerlib.spec import ModelSpec
-from training import files, plots
+from handlerlib.spec import ModelSpec, Task
+from training import files, plots, task_report
 from training.data import Sample
 from training.evaluate import ConfusedPair, Evaluation, Prediction, confused
 from training.html_template import PAGE
@@ -33,6 +33,7 @@ _SMALL = 64
 """Up to this side a picture stays as it is, and its pixels are drawn as squares."""
 _EXCERPT = 240
 """Characters of a text."""
+_OUTPUTS: dict[Task, str] = {"multi-class": "classes", "multi-label": "labels", "regression": "targets"}
 _MOST_IN_TABLE = 30
 """Classes up to which the confusion matrix is a table too."""
 
@@ -42,7 +43,7 @@ class Training:
     """How the weights came about."""
 
     history: Sequence[Mapping[str, float]]
-    """One line per epoch: epoch, learning_rate, and loss and accuracy of train and validation."""
+    """One line per epoch: epoch, learning_rate, and loss and accuracy (or R²) of train and validation."""
     best_epoch: int
 
 
@@ -84,7 +85,7 @@ def describe(
     source = recipe.get("data", {}).get("source", "unknown")
     return Subject(
         title=f"Report: {spec.name}",
-        subtitle=f"{spec.architecture.name}, {len(spec.labels)} classes, run {origin.get('run', 'unknown')}",
+        subtitle=f"{spec.architecture.name}, {len(spec.labels)} {_OUTPUTS[spec.task]}, run {origin.get('run', 'unknown')}",
         temperature=spec.temperature,
         training=training,
         data=(
@@ -112,6 +113,8 @@ def write(path: Path, subject: Subject, evaluation: Evaluation, samples: Iterabl
 
 def render(subject: Subject, evaluation: Evaluation, samples: Iterable[Sample]) -> str:
     """The page as text. `samples` are those that were judged; their content is shown for the worst mistakes only."""
+    if evaluation.task != "multi-class":
+        return _render_task(subject, evaluation, samples)
     pairs = confused(evaluation, pairs=_PAIRS, examples=_EXAMPLES)
     wanted = {one.name for pair in pairs for one in pair.worst}
     contents = {sample.name: sample.data for sample in samples if sample.name in wanted} if wanted else {}
@@ -124,8 +127,8 @@ def render(subject: Subject, evaluation: Evaluation, samples: Iterable[Sample]) 
         "reliability": _uri(plots.reliability_png(evaluation.bins, evaluation.uncalibrated)),
     }
     blocks = _blocks(subject)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(PAGE).render(
+    return _page().render(
+        task=evaluation.task,
         title=subject.title,
         subtitle=subject.subtitle,
         sections=_sections(subject, curved, blocks),
@@ -153,6 +156,45 @@ def render(subject: Subject, evaluation: Evaluation, samples: Iterable[Sample]) 
         pairs=[_pair(pair, contents) for pair in pairs],
         blocks=blocks,
     )
+
+
+def _render_task(subject: Subject, evaluation: Evaluation, samples: Iterable[Sample]) -> str:
+    """The same for labels or values."""
+    panels = task_report.panels(evaluation)
+    mistakes = task_report.mistakes(evaluation)
+    wanted = {one.name for one in mistakes}
+    contents = {sample.name: sample.data for sample in samples if sample.name in wanted} if wanted else {}
+    training, blocks = subject.training, _blocks(subject)
+    known = [
+        *((("endpoint", "Endpoint"),) if subject.served is not None else ()),
+        *((("training", "Training"),) if training is not None else ()),
+        *((panel.id, panel.heading) for panel in panels),
+        ("mistakes", "Worst mistakes"),
+    ]
+    curves = _uri(plots.curves_png(training.history, training.best_epoch)) if training else ""
+    return _page().render(
+        task=evaluation.task,
+        title=subject.title,
+        subtitle=subject.subtitle,
+        sections=[*known, *((one["id"], one["heading"]) for one in blocks)],
+        warnings=subject.warnings,
+        served=subject.served,
+        cards=[{"name": name, "value": value, "note": note} for name, value, note in task_report.cards(evaluation)],
+        pictures={"curves": curves},
+        **_history(training),
+        panels=[
+            {"id": one.id, "heading": one.heading, "picture": _uri(one.picture), "alt": one.alt, "caption": one.caption,
+             "about": one.about, "columns": one.columns, "rows": one.rows}
+            for one in panels
+        ],
+        shots=[_pictured(one.name, one.said, one.said, contents[one.name]) for one in mistakes if one.name in contents],
+        blocks=blocks,
+    )  # fmt: skip
+
+
+def _page() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(PAGE)
 
 
 def _processor() -> str:
@@ -202,11 +244,11 @@ def _cards(evaluation: Evaluation, temperature: float) -> list[dict[str, str]]:
 
 def _history(training: Training | None) -> dict[str, Any]:
     if training is None:
-        return {"history": [], "history_columns": [], "curves_alt": ""}
+        return {"history": [], "history_columns": [], "curves_alt": "", "curves_caption": ""}
     keys = [
         key
         for split in ("train", "validation")
-        for key in (f"{split}_loss", f"{split}_accuracy")
+        for key in (f"{split}_loss", f"{split}_accuracy", f"{split}_r2")
         if all(key in line for line in training.history)
     ]
     best = training.history[training.best_epoch - 1]
@@ -214,6 +256,7 @@ def _history(training: Training | None) -> dict[str, Any]:
     return {
         "history": [[f"{line['epoch']:.0f}", *(f"{line[key]:.4f}" for key in keys)] for line in training.history],
         "history_columns": ["epoch", *(key.replace("_", " ") for key in keys)],
+        "curves_caption": f"Loss and {'R²' if 'validation_r2' in keys else 'accuracy'} over the epochs",
         "curves_alt": f"Training curves over {len(training.history)} epochs. Epoch {training.best_epoch} was kept: {said}.",
     }
 
@@ -297,9 +340,13 @@ def _pair(pair: ConfusedPair, contents: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _shot(mistake: Prediction, data: bytes) -> dict[str, Any]:
-    """A picture of an image, or the beginning of a text."""
     sure = f"{mistake.probability:.1%} sure"
-    shot = {"name": Path(mistake.name).name, "sure": sure, "picture": "", "small": False, "text": "", "alt": ""}
+    return _pictured(mistake.name, sure, f"{mistake.label}, taken for {mistake.predicted}, {sure}", data)
+
+
+def _pictured(name: str, sure: str, alt: str, data: bytes) -> dict[str, Any]:
+    """A picture of an image, or the beginning of a text."""
+    shot = {"name": Path(name).name, "sure": sure, "picture": "", "small": False, "text": "", "alt": ""}
     if imaging.sniff(data) is None:
         text = data.decode("utf-8", "replace").strip()
         return shot | {"text": text if len(text) <= _EXCERPT else text[:_EXCERPT].rstrip() + "…"}
@@ -312,8 +359,11 @@ def _shot(mistake: Prediction, data: bytes) -> dict[str, Any]:
     else:
         image.thumbnail((_SIDE, _SIDE))
         image.save(buffer, "JPEG", quality=82)
-    alt = f"{mistake.name}: {mistake.label}, taken for {mistake.predicted}, {sure}"
-    return shot | {"picture": _uri(buffer.getvalue(), "png" if small else "jpeg"), "small": small, "alt": alt}
+    return shot | {
+        "picture": _uri(buffer.getvalue(), "png" if small else "jpeg"),
+        "small": small,
+        "alt": f"{name}: {alt}",
+    }
 
 
 def _uri(data: bytes, kind: str = "png") -> str:

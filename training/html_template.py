@@ -93,13 +93,14 @@ footer { color: var(--soft); font-size: .85rem; padding-bottom: 3rem; margin-top
 {% if pictures.curves %}
 <section aria-labelledby="training"><h2 id="training">Training</h2>
 <figure><img src="{{ pictures.curves }}" alt="{{ curves_alt }}">
-<figcaption>Loss and accuracy over the epochs; the dotted line is the epoch that was kept.</figcaption></figure>
+<figcaption>{{ curves_caption }}; the dotted line is the epoch that was kept.</figcaption></figure>
 <details><summary>The same as a table</summary><div class="wide"><table><caption>Per epoch</caption>
 <thead><tr>{% for name in history_columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in history %}<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div></details>
 </section>
 {% endif %}
+{% if task == "multi-class" %}
 <section aria-labelledby="classes"><h2 id="classes">Classes</h2>
 <div class="wide"><table><caption>Figures per class. ROC AUC and average precision: this class against all others.</caption>
 <thead><tr><th scope="col" class="text">class</th><th scope="col">precision</th><th scope="col">recall</th><th scope="col">F1</th><th scope="col">ROC AUC</th><th scope="col">average precision</th><th scope="col">samples</th></tr></thead>
@@ -143,6 +144,25 @@ footer { color: var(--soft); font-size: .85rem; padding-bottom: 3rem; margin-top
 {% endfor %}</ol>
 {% else %}<p>There are none: every answer is right.</p>{% endif %}
 </section>
+{% else %}
+{% for panel in panels %}<section aria-labelledby="{{ panel.id }}"><h2 id="{{ panel.id }}">{{ panel.heading }}</h2>
+<figure><img src="{{ panel.picture }}" alt="{{ panel.alt }}">
+<figcaption>{{ panel.caption }}</figcaption></figure>
+{% if panel.rows %}<div class="wide"><table><caption>{{ panel.about }}</caption>
+<thead><tr>{% for name in panel.columns %}<th scope="col"{% if loop.first %} class="text"{% endif %}>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in panel.rows %}<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
+</section>
+{% endfor %}
+<section aria-labelledby="mistakes"><h2 id="mistakes">Worst mistakes</h2>
+{% if shots %}<p>The answers that are furthest off, the worst first.</p>
+<div class="shots">
+{% for shot in shots %}{% if shot.picture %}<figure><img class="{{ 'small' if shot.small else '' }}" src="{{ shot.picture }}" alt="{{ shot.alt }}"><figcaption>{{ shot.sure }}<br>{{ shot.name }}</figcaption></figure>
+{% else %}<blockquote>{{ shot.text }}<br><span class="soft">{{ shot.sure }}, {{ shot.name }}</span></blockquote>
+{% endif %}{% endfor %}</div>
+{% else %}<p>There are none: every answer is right.</p>{% endif %}
+</section>
+{% endif %}
 {% for block in blocks %}
 <section aria-labelledby="{{ block.id }}"><h2 id="{{ block.id }}">{{ block.heading }}</h2>
 {% if block.facts %}<div class="wide"><table class="facts"><caption>{{ block.caption }}</caption><tbody>

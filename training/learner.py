@@ -36,7 +36,7 @@ class Learner:
     train: Train
     device: torch.device
     weights_K: Tensor | None = None
-    """Of the classes in the loss; None when all count the same."""
+    """Of the classes in the loss; None when all images count the same, as they do in other tasks."""
 
     @property
     def judged(self) -> nn.Module:
@@ -63,7 +63,7 @@ class Learner:
     def update(self, rate: float) -> None:
         """One step of the optimiser with the gradients there are, which are used up."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[optimisers.FACTOR]
         self.scaler.unscale_(self.optimizer)
         optimisers.penalise(self.network, self.train)
         optimisers.clip(self.network.parameters(), self.train.clip)
@@ -123,7 +123,8 @@ def start(
     if group.size > 1:
         network = distributed_norm.synchronise(network, device)
     average = Average(network, train.ema) if train.ema else None
-    weights_K = losses.class_weights(train, dataset) if loss is None else None
+    classes = loss is None and recipe.task == "multi-class"
+    weights_K = losses.class_weights(train, dataset) if classes else None
     if train.compile:
         check_compiler(device)
         network.compile()
@@ -132,7 +133,7 @@ def start(
         average=average,
         optimizer=optimisers.optimizer(network, train),
         scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
-        loss=loss or losses.cross_entropy(train, None if weights_K is None else weights_K.to(device)),
+        loss=loss or losses.of_recipe(recipe, dataset, weights_K, device),
         phases=phases,
         train=train,
         device=device,

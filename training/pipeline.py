@@ -4,7 +4,7 @@ A run folder, `runs/<name>-<8 hex digits>/`, is named after everything that deci
 finds its own work again: finished, it is reused; interrupted, it goes on.
 
     recipe.json        the resolved recipe           history.jsonl         one line per epoch
-    data_report.json   splits and what was left out  curves.png, confusion_matrix.png
+    data_report.json   splits and what was left out  curves.png, confusion_matrix.png (labels.png, values.png)
     checkpoint.pt      position, while training      metrics.json          figures, per class, confusion matrix
     report.html        all of it on one page
     weights.safetensors, model_spec.json, golden/, provenance.json         what `artifacts/` gets a copy of
@@ -19,6 +19,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 
 from handlerlib.errors import SpecError
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
-from training import data, distributed, files, html_report, plots, scoring
+from training import data, distributed, files, html_report, labelled, plots, scoring, truth
 from training import export as exporting
 from training.compress import distil
 from training.compress.distil import Teacher
@@ -36,7 +37,7 @@ from training.config import Recipe, Train, parse
 from training.data import Dataset, Sample, Survey
 from training.distributed import ALONE, Group
 from training.errors import DataError, Interrupted, RecipeError, RunBusy, TargetError
-from training.evaluate import Evaluation, calibrated
+from training.evaluate import Evaluation, calibrated, with_thresholds
 from training.evaluate import evaluate as judge
 from training.export import METRICS_FILE, PROVENANCE_FILE
 from training.progress import Report, Step, silent
@@ -121,9 +122,9 @@ def evaluate(target: Path, *, report: Report = silent, root: str | Path | None =
 def questions(
     target: Path, *, report: Report = silent, root: str | Path | None = None, folder: Path | None = None
 ) -> Questions:
-    """The test split of a run or an artifact, or what lies in `folder` by class. Raises as `evaluate`."""
+    """The test split of a run or an artifact, or what lies in `folder` by class or in a .csv. Raises as `evaluate`."""
     if folder is not None:
-        asked = scoring.labelled_folder(folder)
+        asked = labelled.labelled(folder, target)
         scoring.check_labels(asked, load_spec(target).labels, str(target))
         return asked
     dataset, _ = rebuild(target, root, report)
@@ -259,11 +260,13 @@ def _finish(
 ) -> None:
     """Judge the best epoch and write what the artifact is made of; `provenance.json` comes last and means done."""
     shape = architecture(dataset, recipe)
-    spec = exporting.draft_spec(recipe, shape, dataset.preprocess, dataset.classes, dataset.text)
+    spec = exporting.draft_spec(recipe, shape, dataset.preprocess, dataset.classes, dataset.text, dataset.scaling)
     exporting.save_weights(fitted.weights, run / WEIGHTS_FILE)
     network = exporting.load_network(run, spec).to(choose_device(recipe.train))
-    if recipe.evaluate.calibrate:
-        held_out, size = dataset.samples("validation"), len(dataset.rows["validation"])
+    held_out, size = dataset.samples("validation"), len(dataset.rows["validation"])
+    if recipe.task == "multi-label":
+        spec = with_thresholds(network, spec, held_out, total=size, threads=threads, report=report)
+    elif recipe.task == "multi-class" and recipe.evaluate.calibrate:
         spec = calibrated(network, spec, held_out, total=size, threads=threads, report=report)
     total = len(dataset.rows["test"])
     judged = judge(network, spec, dataset.samples("test"), total=total, threads=threads, report=report)
@@ -271,8 +274,7 @@ def _finish(
     exporting.freeze(run, network.cpu(), spec, dataset.samples("test"), judged)
     title = f"{recipe.name} ({recipe.model.architecture})"
     plots.curves(fitted.history, fitted.best_epoch, run / "curves.png", title=title)
-    accuracy = f"{title}: {judged.metrics['test_accuracy']:.2%} of {total} test {recipe.thing}s"
-    plots.confusion(judged, run / "confusion_matrix.png", title=accuracy)
+    plots.judged(judged, run, title=f"{title}: {judged.summary} of {total} test {recipe.thing}s")
     files.write_text(run / METRICS_FILE, exporting.to_json(_metrics(judged, fitted, dataset, spec.temperature)))
     taught = None if teacher is None else {"method": "distillation", "teacher": teacher.identity()}
     origin = exporting.provenance(recipe, run.name, surveyed.digest, dataset.sizes(), taught)
@@ -292,30 +294,47 @@ def _finish(
 
 def _metrics(judged: Evaluation, fitted: Fitted, dataset: Dataset, temperature: float) -> dict[str, Any]:
     best = fitted.history[fitted.best_epoch - 1]
+    tables: dict[str, Any] = {"labels": judged.labels}
+    if judged.task == "multi-class":
+        tables |= {"temperature": temperature, "confusion_matrix": judged.confusion}
+    of = {"multi-class": "per_class", "multi-label": "per_label", "regression": "per_target"}[judged.task]
     return {
         **judged.metrics,
-        "temperature": temperature,
+        **tables,
         **{key: value for key, value in best.items() if key.startswith("validation_")},
         **dataset.notes.counts(),
         "best_epoch": float(fitted.best_epoch),
         "epochs": float(len(fitted.history)),
-        "per_class": [dataclasses.asdict(row) for row in judged.per_class],
-        "confusion_matrix": judged.confusion,
-        "labels": judged.labels,
+        of: [dataclasses.asdict(row) for row in judged.rows],
     }
 
 
 def _data_report(dataset: Dataset, surveyed: Survey) -> dict[str, Any]:
-    labels = [one.entry.label for one in dataset.images]
-    classes = {
-        label: {split: sum(labels[row] == label for row in dataset.rows[split]) for split in data.SPLITS}
-        for label in dataset.classes
-    }
     return {
         "data_digest": surveyed.digest,
         "splits": dataset.sizes(),
-        "classes": classes,
+        **({"targets": _target_ranges(dataset)} if dataset.scaling else {"classes": _class_sizes(dataset)}),
         **dataclasses.asdict(dataset.notes),
+    }
+
+
+def _class_sizes(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Images of each class, or with each label, per split."""
+    labels = [one.entry.label for one in dataset.images]
+    several = dataset.targets_N.ndim > 1
+    counts = {split: Counter[str]() for split in data.SPLITS}
+    for split in data.SPLITS:
+        for row in dataset.rows[split]:
+            counts[split].update(truth.parts(labels[row]) if several else [labels[row]])
+    return {label: {split: counts[split][label] for split in data.SPLITS} for label in dataset.classes}
+
+
+def _target_ranges(dataset: Dataset) -> dict[str, dict[str, float]]:
+    """Of each target: mean and standard deviation of the training split, lowest and highest value of all."""
+    values_NK = truth.rows([one.entry.label for one in dataset.images], dataset.classes, "regression")
+    return {
+        name: {**dataclasses.asdict(scaling), "lowest": float(values_K.min()), "highest": float(values_K.max())}
+        for name, scaling, values_K in zip(dataset.classes, dataset.scaling, values_NK.T, strict=True)
     }
 
 

@@ -22,12 +22,14 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from training import files
 from training.calibrate import Bin, expected_error
 from training.evaluate import ClassMetrics, Evaluation
+from training.multilabel import LabelMetrics
 
 _MOST_NUMBERED = 30
 """Classes up to which every cell of the confusion matrix shows its count."""
 _MOST_COLOURED = 10
 """Classes up to which each has a colour of its own in ROC and PR curves; beyond it the worst five."""
 _WORST = 5
+_MOST_TARGETS = 4
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.")
 
@@ -35,6 +37,26 @@ _DASHES = ("-", "--", "-.")
 def curves(history: Sequence[Mapping[str, float]], best_epoch: int, path: Path, *, title: str) -> None:
     """Loss and accuracy of training and validation over the epochs, the chosen epoch marked."""
     _save(_curves(history, best_epoch, title), path)
+
+
+def judged(evaluation: Evaluation, folder: Path, *, title: str) -> None:
+    """The picture of a run's answers: `confusion_matrix.png`, of labels `labels.png`, of values `values.png`."""
+    if evaluation.task == "multi-label":
+        _save(_labels(evaluation, title), folder / "labels.png")
+    elif evaluation.task == "regression":
+        _save(_values(evaluation, title), folder / "values.png")
+    else:
+        confusion(evaluation, folder / "confusion_matrix.png", title=title)
+
+
+def labels_png(evaluation: Evaluation) -> bytes:
+    """Precision, recall and F1 of each label, the labels in the order of F1; of many labels the worst."""
+    return _png(_labels(evaluation, ""))
+
+
+def values_png(evaluation: Evaluation) -> bytes:
+    """Per target: the answers over the true values, and below what is left over, answer minus true value."""
+    return _png(_values(evaluation, ""))
 
 
 def confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
@@ -56,17 +78,21 @@ def class_curves_png(evaluation: Evaluation) -> bytes:
     """ROC and precision-recall curves, each class against the rest; it needs one class at least that has both sides."""
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     roc, recall = figure.subplots(1, 2)
-    true_N = np.array([one.label for one in evaluation.predictions])
-    judged = [(k, row) for k, row in enumerate(evaluation.per_class) if row.roc_auc is not None]
+    several = evaluation.task == "multi-label"
+    rows: Sequence[ClassMetrics | LabelMetrics] = evaluation.per_label if several else evaluation.per_class
+    names_N = np.array([one.label for one in evaluation.predictions])
+    score_NK = evaluation.outputs_NK if several else evaluation.log_NK
+    judged = [(k, row) for k, row in enumerate(rows) if row.roc_auc is not None]
     styles = _styles([row for _, row in judged])
     for k, row in judged:
+        true_N = evaluation.true_NK[:, k] > 0.5 if several else names_N == row.label
         colour, dash, named = styles[row.label]
         label = {axes: f"{_short(row.label)} ({area:.3f})" if named else None
                  for axes, area in ((roc, row.roc_auc), (recall, row.average_precision))}  # fmt: skip
         look = {"color": colour, "linestyle": dash, "linewidth": 1.6 if named else 0.6, "zorder": 3 if named else 2}
-        false, true, _ = roc_curve(true_N == row.label, evaluation.log_NK[:, k])
+        false, true, _ = roc_curve(true_N, score_NK[:, k])
         roc.plot(false, true, label=label[roc], **look)
-        precise, found, _ = precision_recall_curve(true_N == row.label, evaluation.log_NK[:, k])
+        precise, found, _ = precision_recall_curve(true_N, score_NK[:, k])
         recall.step(found, precise, where="post", label=label[recall], **look)
     roc.plot([0, 1], [0, 1], color="#8a8a8a", linewidth=0.8, linestyle=":", zorder=1)
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC (area)")
@@ -121,7 +147,7 @@ def _diagram(axes: Axes, bins: Sequence[Bin], when: str) -> None:
     axes.legend(loc="upper left", framealpha=0.95, edgecolor="none")
 
 
-def _styles(rows: Sequence[ClassMetrics]) -> dict[str, tuple[str, str, bool]]:
+def _styles(rows: Sequence[ClassMetrics | LabelMetrics]) -> dict[str, tuple[str, str, bool]]:
     """Colour, dashes and whether it is named, per class."""
     worst = sorted(rows, key=lambda row: row.roc_auc or 0.0)[:_WORST]
     named = rows if len(rows) <= _MOST_COLOURED else worst
@@ -139,18 +165,61 @@ def _short(label: str) -> str:
 def _curves(history: Sequence[Mapping[str, float]], best_epoch: int, title: str) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     epochs = [line["epoch"] for line in history]
-    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    second = "accuracy" if "validation_accuracy" in history[0] else "r2"
+    for axes, what in zip(figure.subplots(1, 2), ("loss", second), strict=True):
         for split, label, colour in (
             ("train", "train (augmented)", "#7f7f7f"),
             ("validation", "validation", "#1f5fa8"),
         ):
+            if f"{split}_{what}" not in history[0]:
+                continue
             values = [line[f"{split}_{what}"] for line in history]
             axes.plot(epochs, values, color=colour, label=label, marker="o" if len(epochs) < 3 else None)
         axes.axvline(best_epoch, color="#c44e00", linestyle=":", label=f"best epoch ({best_epoch})")
-        axes.set(xlabel="epoch", ylabel=what if what == "accuracy" else "loss (nats)")
+        named = {"loss": "loss (nats)" if second == "accuracy" else "loss (standardised)", "r2": "R²"}
+        axes.set(xlabel="epoch", ylabel=named.get(what, what))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+    if title:
+        figure.suptitle(title, parse_math=False)
+    return figure
+
+
+def _labels(evaluation: Evaluation, title: str) -> Figure:
+    rows = sorted(evaluation.per_label, key=lambda row: -row.f1)[-_MOST_NUMBERED:]
+    figure = Figure(figsize=(8, max(2.5, 1.2 + 0.38 * len(rows))), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(rows))[::-1]
+    for what, mark, colour in (("precision", ">", _COLOURS[1]), ("recall", "<", _COLOURS[2])):
+        axes.scatter(
+            [getattr(row, what) for row in rows], places, marker=mark, color=colour, label=what, zorder=3, s=28
+        )
+    axes.barh(places, [row.f1 for row in rows], height=0.6, color="#9db8d2", label="F1")
+    axes.set_yticks(places, [f"{_short(row.label)} ({row.images})" for row in rows], parse_math=False)
+    axes.set(xlim=(0, 1.02), xlabel="share")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.5 / len(rows)), ncols=3)
+    axes.set_title(title, parse_math=False)
+    return figure
+
+
+def _values(evaluation: Evaluation, title: str) -> Figure:
+    rows = evaluation.per_target[:_MOST_TARGETS]
+    figure = Figure(figsize=(max(5.5, 4.2 * len(rows)), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(rows), squeeze=False, height_ratios=(2, 1), sharex="col")
+    for k, row in enumerate(rows):
+        true_N, answer_N = evaluation.true_NK[:, k], evaluation.outputs_NK[:, k]
+        above, below = grid[0, k], grid[1, k]
+        ends = [float(true_N.min()), float(true_N.max())]
+        for axes, found_N, line in ((above, answer_N, ends), (below, answer_N - true_N, [0.0, 0.0])):
+            axes.scatter(true_N, found_N, s=9, alpha=0.4, color=_COLOURS[0], linewidths=0)
+            axes.plot(ends, line, color="#4a4a4a", linestyle="--", linewidth=1)
+            axes.grid(alpha=0.3)
+        above.set(ylabel="answer")
+        below.set(xlabel="true value", ylabel="residual")
+        r2 = "" if row.r2 is None else f", R² {row.r2:.3f}"
+        above.set_title(f"{_short(row.label)}: mean absolute error {row.mae:.3g}{r2}", fontsize=10, parse_math=False)
     if title:
         figure.suptitle(title, parse_math=False)
     return figure

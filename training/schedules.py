@@ -4,6 +4,7 @@ Each schedule is a function of the position and, for `plateau`, of the epochs ju
 and resuming gives the same rates. With rate r, position p in updates of n, and e epochs done (fractions count):
 
     constant      r
+    linear        r * (1 - p / n)
     step          r * decay^floor(e / decay_epochs)
     inverse_time  r / (1 + decay * e)                                   Robbins & Monro, 1951
     exponential   r * decay^e
@@ -62,6 +63,10 @@ def _constant(train: Train, position: Position) -> float:
     return train.learning_rate
 
 
+def _linear(train: Train, position: Position) -> float:
+    return train.learning_rate * (1 - position.update / position.total)
+
+
 def _step(train: Train, position: Position) -> float:
     decay, epochs = _decay(train, "step")
     # Fractions of epochs are sums of steps: a hair below the whole number is the whole number.
@@ -112,6 +117,7 @@ def _half_cosine(position: float) -> float:
 
 _RATES = {
     "constant": _constant,
+    "linear": _linear,
     "step": _step,
     "inverse_time": _inverse_time,
     "exponential": _exponential,

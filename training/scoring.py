@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from handlerlib.engine_spec import EngineSpec
-from handlerlib.spec import ModelSpec
+from handlerlib.spec import ModelSpec, Task
 from training import paired
 from training.config import Data
 from training.data import Sample
@@ -43,17 +43,35 @@ class Comparison:
 
     samples: int
     changed: int
-    """Samples with another first label."""
+    """Samples with another first label, or other labels; with a value that differs by more than is allowed."""
     largest: float
-    """The largest difference of a probability."""
+    """The largest difference of a probability; of a value, in units of its target's scale."""
     lost_points: float
-    """Accuracy that the endpoint loses, in percentage points; negative when it gains."""
-    lost_interval: tuple[float, float]
-    """Its 95 % interval (paired proportions)."""
+    """Accuracy that the endpoint loses, in percentage points; negative when it gains. Of labels it is the share of exact
+    matches, of values hundredths of R²."""
+    lost_interval: tuple[float, float] | None
+    """Its 95 % interval (paired proportions); None of values."""
     allowed: str
     """What may differ, as a sentence's part."""
     differs: bool
     """More than that."""
+    task: Task = "multi-class"
+
+    @property
+    def said(self) -> str:
+        """All of it as a sentence's part."""
+        what, of, lost = _SAID[self.task]
+        return (
+            f"{self.changed} of {self.samples} {what} differ, the largest difference of a {of} is"
+            f" {self.largest:.2g}, {self.lost_points:+.3f} {lost} are lost"
+        )
+
+
+_SAID: dict[Task, tuple[str, str, str]] = {
+    "multi-class": ("first labels", "probability", "points of accuracy"),
+    "multi-label": ("sets of labels", "probability", "points of exact matches"),
+    "regression": ("answers", "value (in the target's deviations)", "hundredths of R²"),
+}
 
 
 def labelled_folder(folder: Path) -> Questions:
@@ -101,6 +119,15 @@ def log_rows(answers: Sequence[Mapping[int, float]], classes: int) -> tuple[NDAr
     return log_NK, complete
 
 
+def output_rows(answers: Sequence[Mapping[int, float]], outputs: int) -> tuple[NDArray[np.float64], bool]:
+    """Probabilities of labels, or values, by their number -> `[N, outputs]`, and whether all were there; 0 for those that
+    an answer does not name."""
+    rows_NK = np.zeros((len(answers), outputs))
+    for row, answer in enumerate(answers):
+        rows_NK[row, list(answer)] = list(answer.values())
+    return rows_NK, all(len(answer) == outputs for answer in answers)
+
+
 def compare(
     reference: Evaluation, served: Evaluation, spec: ModelSpec, engine: EngineSpec | None, *, complete: bool = True
 ) -> Comparison:
@@ -113,6 +140,8 @@ def compare(
     names, theirs = [one.name for one in reference.predictions], [one.name for one in served.predictions]
     assert names == theirs, "compare() needs the same samples in the same order"
     pairs = list(zip(reference.predictions, served.predictions, strict=True))
+    if spec.task != "multi-class":
+        return _compare_outputs(reference, served, spec)
     if complete:
         largest = float(np.abs(np.exp(reference.log_NK) - np.exp(served.log_NK)).max(initial=0.0))
     else:
@@ -134,4 +163,35 @@ def compare(
         lost_interval=(lost.low, lost.high),
         allowed=allowed,
         differs=differs,
+    )
+
+
+def _compare_outputs(reference: Evaluation, served: Evaluation, spec: ModelSpec) -> Comparison:
+    """Of labels or values: every output decides, with the tolerance of the golden samples."""
+    off_NK = np.abs(reference.outputs_NK - served.outputs_NK) / np.asarray(spec.units)
+    largest = float(off_NK.max(initial=0.0))
+    tolerance = spec.golden.tolerance
+    interval: tuple[float, float] | None = None
+    if spec.task == "regression":
+        changed = int((off_NK > tolerance + _ROUNDING).any(axis=1).sum())
+        points = 100 * (reference.metrics.get("test_r2", 0.0) - served.metrics.get("test_r2", 0.0))
+        allowed = f"{tolerance:g} of a target's deviation in any value"
+    else:
+        pairs = zip(reference.predictions, served.predictions, strict=True)
+        changed = sum(one.predicted != other.predicted for one, other in pairs)
+        lost = paired.lost(
+            *(torch.tensor([one.predicted == one.label for one in side.predictions]) for side in (reference, served))
+        )
+        points, interval = lost.points, (lost.low, lost.high)
+        allowed = f"{tolerance:g} in any probability"
+    return Comparison(
+        samples=len(reference.predictions),
+        changed=changed,
+        largest=largest,
+        lost_points=points,
+        lost_interval=interval,
+        allowed=allowed,
+        # Written so that a NaN differs too.
+        differs=not largest <= tolerance + _ROUNDING,
+        task=spec.task,
     )

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from training.config import TEXT_SOURCES, Data, Source
+from handlerlib.spec import Task
+from training.config import TABLES, TEXT_SOURCES, Data, Source
 from training.errors import DataError
 
 Split = Literal["train", "validation", "test"]
@@ -36,6 +37,7 @@ class Entry:
     name: str
     """Path below the root with `/`, or `<set>-<number>`; what messages show."""
     label: str
+    """The class; of several labels or of values, their text of `training.truth`."""
     given: Split | None
     """The side on which the data itself puts the image, None when we divide."""
     read: Callable[[], bytes]
@@ -61,12 +63,16 @@ class Listing:
     skipped: tuple[Skipped, ...] = ()
 
 
-def listing(data: Data) -> Listing:
+def listing(data: Data, task: Task = "multi-class") -> Listing:
     """All images of the recipe's source. Raises DataError when there is nothing usable."""
-    if data.source in TEXT_SOURCES:
+    if data.source in (*TEXT_SOURCES, *TABLES):
         from training import text_sources  # which builds on this module
 
-        return text_sources.listing(data)
+        return text_sources.listing(data, task)
+    if data.source == "digit_pairs":
+        from training import pairs  # as above
+
+        return pairs.listing(data, task)
     if data.source == "digits":
         return _digits()
     if data.source == "folder":
@@ -196,7 +202,7 @@ def _digits() -> Listing:
     # The originals count 17 grey levels, 0 to 16.
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     entries = tuple(
-        _array_entry(f"digits-{index:04d}", str(label), None, image)
+        array_entry(f"digits-{index:04d}", str(label), None, image)
         for index, (image, label) in enumerate(zip(images, digits.target, strict=True))
     )
     return Listing(entries, tuple(str(name) for name in digits.target_names))
@@ -215,9 +221,7 @@ def _downloaded(source: Source, root: Path) -> Listing:
         # MNIST's own class names read "0 - zero"; its label is the digit.
         classes = [str(index) if source == "mnist" else str(name) for index, name in enumerate(images.classes)]
         for index, (image, target) in enumerate(zip(images.data, images.targets, strict=True)):
-            entries.append(
-                _array_entry(f"{source}-{split}-{index:05d}", classes[int(target)], split, np.asarray(image))
-            )
+            entries.append(array_entry(f"{source}-{split}-{index:05d}", classes[int(target)], split, np.asarray(image)))
     return Listing(tuple(entries), tuple(sorted(classes, key=natural)))
 
 
@@ -232,5 +236,6 @@ def _fetch(kind: Any, root: Path, *, train: bool) -> Any:
         ) from error
 
 
-def _array_entry(name: str, label: str, given: Split | None, pixels: np.ndarray) -> Entry:
+def array_entry(name: str, label: str, given: Split | None, pixels: np.ndarray) -> Entry:
+    """An image that lies in memory: uint8 `[H, W]` or `[H, W, 3]`."""
     return Entry(name, label, given, functools.partial(png, pixels), pixels.tobytes)

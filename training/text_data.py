@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handlerlib.spec import TextPreprocess
 from handlerlib.text import Reader
-from training import data
+from training import data, truth
 from training.config import Recipe, Text
 from training.data import Dataset, Found, Notes, Survey
 from training.errors import DataError
@@ -48,7 +48,7 @@ def prepare(surveyed: Survey, recipe: Recipe, *, report: Report, keep: bool) -> 
     data.check_classes(found, surveyed.classes, [*surveyed.skipped, *empty], recipe)
     grouped = data.groups(found, [hashlib.sha256(text.encode()).digest() for text in cleaned])
     rows, removed = data.divide(found, grouped, recipe)
-    data.check_splits(found, rows, surveyed.classes)
+    data.check_splits(found, rows, surveyed.classes, recipe)
     notes = Notes(
         unreadable=(*surveyed.skipped, *empty),
         duplicates=len(found) - len(grouped),
@@ -64,17 +64,19 @@ def prepare(surveyed: Survey, recipe: Recipe, *, report: Report, keep: bool) -> 
             how = _preprocess(recipe.text, vocabulary=_vocabulary(train, recipe.text))
         # The texts as they came, not as they were cleaned: the very steps of a worker.
         terms = tuple(_numbers(found, Reader(how)))
-    numbers = {label: number for number, label in enumerate(surveyed.classes)}
+    labels = [one.entry.label for one in found]
+    targets_N, scaling = truth.learned(labels, surveyed.classes, recipe.task, rows["train"])
     return Dataset(
         images=tuple(found),
         classes=surveyed.classes,
         preprocess=None,  # type: ignore[arg-type]  # as in the spec
         x_NCHW=torch.empty(0),
-        targets_N=torch.tensor([numbers[one.entry.label] for one in found]),
+        targets_N=targets_N,
         rows=rows,
         notes=notes,
         text=how,
         terms=terms,
+        scaling=scaling,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where labelled texts come from: class folders of .txt files, and CSV.
+"""Where labelled texts come from: class folders of .txt files, and CSV; the latter also of images beside it.
 
 A text is read as UTF-8 from here on, whatever its file's encoding, as a worker gets it. What is wrong in a file is an
 error with its name and line: a text that is left out silently would be missing where it matters.
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from handlerlib.spec import Task
+from training import columns
 from training.config import Data
 from training.errors import DataError
 from training.sources import Entry, Listing, Skipped, Split, natural, tree
@@ -28,23 +30,28 @@ _Row = tuple[int, list[str]]
 """Number of its last line, and its values."""
 
 
-def listing(data: Data) -> Listing:
-    """All texts of the recipe's source. Raises DataError when there is nothing usable."""
+def listing(data: Data, task: Task = "multi-class") -> Listing:
+    """All texts of the recipe's source, or the images of its table. Raises DataError when there is nothing usable."""
     try:
         codecs.lookup(data.encoding)
     except LookupError:
         raise DataError(f"data.encoding '{data.encoding}' is not known", remedy="e.g. utf-8, cp1252, gb18030") from None
     if data.root is None:
         raise DataError(
-            f"the source '{data.source}' needs to know where the texts lie",
-            remedy="--set data.root=TEXTS, " + _EXPECTED[data.source],
+            f"the source '{data.source}' needs to know where the {_thing(data)}s lie",
+            remedy=f"--set data.root={_thing(data).upper()}S, " + _EXPECTED[data.source],
         )
-    return _folders(Path(data.root), data) if data.source == "texts" else _csv(Path(data.root), data)
+    return _folders(Path(data.root), data) if data.source == "texts" else _csv(Path(data.root), data, task)
+
+
+def _thing(data: Data) -> str:
+    return "image" if data.source == "image_csv" else "text"
 
 
 _EXPECTED = {
     "texts": "a folder with one folder of .txt files per class",
     "csv": "a .csv file, or a folder with train.csv and test.csv",
+    "image_csv": "a .csv file beside the images, or a folder with train.csv and test.csv",
 }
 
 
@@ -82,16 +89,12 @@ def _decoded(data: bytes, where: str, encoding: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------- csv
 
 
-def _csv(root: Path, data: Data) -> Listing:
+def _csv(root: Path, data: Data, task: Task) -> Listing:
     entries: list[Entry] = []
     for path, split in _files(root, data):
-        named = list(_entries(path, split, data))
+        named = list(_entries(path, split, data, task))
         entries += named if split is not None else _divided(path, named, data)
-    if data.class_names:
-        classes: tuple[str, ...] = data.class_names
-    else:
-        classes = tuple(sorted({entry.label for entry in entries}, key=natural))
-    return Listing(tuple(entries), classes)
+    return Listing(tuple(entries), columns.classes(data, task, (entry.label for entry in entries), natural))
 
 
 def _files(root: Path, data: Data) -> list[tuple[Path, Split | None]]:
@@ -114,7 +117,7 @@ def _files(root: Path, data: Data) -> list[tuple[Path, Split | None]]:
     return found
 
 
-def _entries(path: Path, split: Split | None, data: Data) -> Iterator[Entry]:
+def _entries(path: Path, split: Split | None, data: Data, task: Task) -> Iterator[Entry]:
     """Every row, checked."""
     rows = _rows(path, data)
     if data.columns is not None:
@@ -124,7 +127,10 @@ def _entries(path: Path, split: Split | None, data: Data) -> Iterator[Entry]:
         names = [name.strip() for name in names]
     if not names:
         raise DataError(f"{path} is empty", remedy="give a file with a row of column names and rows of data")
-    label_at, *text_at = (_column(path, names, wanted, data) for wanted in (data.label_column, *data.text_columns))
+    label = columns.reader(data, task, lambda wanted: _column(path, names, wanted, data))
+    content = (data.path_column,) if data.source == "image_csv" else data.text_columns
+    content_at = [_column(path, names, wanted, data) for wanted in content]
+    lines: dict[str, int] = {}
     for line, values in rows:
         where = f"{path}, line {line}"
         if len(values) != len(names):
@@ -132,9 +138,24 @@ def _entries(path: Path, split: Split | None, data: Data) -> Iterator[Entry]:
                 f"{where}: {len(values)} values, the columns are {len(names)} ({', '.join(names)})",
                 remedy='mend the row: a value with a delimiter, a quote or a line break stands in "quotes"',
             )
-        text = "\n".join(values[at] for at in text_at)
-        label = _label(values[label_at].strip(), where, data)
-        yield Entry(f"{path.name}:{line}", label, split, functools.partial(bytes, text.encode()))
+        text = "\n".join(values[at] for at in content_at)
+        known = label(values, where)
+        if data.source == "image_csv":
+            name = text.strip()
+            yield Entry(name, known, split, _image(path.parent, name, where, lines.setdefault(name, line) == line))
+        else:
+            yield Entry(f"{path.name}:{line}", known, split, functools.partial(bytes, text.encode()))
+
+
+def _image(folder: Path, name: str, where: str, first: bool) -> Callable[[], bytes]:
+    if not name or not (folder / name).is_file():
+        raise DataError(
+            f"{where}: there is no image '{name[:200]}' in {folder}" if name else f"{where}: no image is named",
+            remedy="paths are relative to the folder of the file with the table; data.path_column names their column",
+        )
+    if not first:
+        raise DataError(f"{where}: the image '{name}' has a row already", remedy="give each image one row")
+    return (folder / name).read_bytes
 
 
 def _rows(path: Path, data: Data) -> Iterator[_Row]:
@@ -167,24 +188,8 @@ def _column(path: Path, names: Sequence[str], wanted: str, data: Data) -> int:
     beyond = "data.columns" if data.columns is not None else "its first row"
     raise DataError(
         f"{path} has no column '{wanted}': {beyond} names {', '.join(names)[:200]}",
-        remedy="--set data.label_column=NAME and data.text_columns=[...], or data.columns=[...] when no row names them",
-    )
-
-
-def _label(value: str, where: str, data: Data) -> str:
-    if not data.class_names:
-        if not value:
-            raise DataError(
-                f"{where}: no class in the column '{data.label_column}'", remedy="fill it in or remove the row"
-            )
-        return value
-    if value.isascii() and value.isdigit() and 1 <= int(value) <= len(data.class_names):
-        return data.class_names[int(value) - 1]
-    if value in data.class_names:
-        return value
-    raise DataError(
-        f"{where}: class '{value[:40]}' is neither one of data.class_names nor a number from 1 to {len(data.class_names)}",
-        remedy="mend the row, or correct data.class_names",
+        remedy="name the columns in [data]: label_column, label_columns or target_columns, and path_column or"
+        " text_columns; data.columns=[...] when no row of the file names them",
     )
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from handlerlib.spec import Architecture, TermTable, TextPreprocess
-from handlerlib.text_networks import EmbeddingBag
+from handlerlib.text_networks import EmbeddingBag, TextCnn
 from training.config import Model
 from training.data import Dataset
+from training.errors import RecipeError
 
 
 def architecture(dataset: Dataset, text: TextPreprocess, model: Model) -> Architecture:
@@ -30,15 +31,27 @@ def architecture(dataset: Dataset, text: TextPreprocess, model: Model) -> Archit
 
 @torch.no_grad()
 def prepare(network: nn.Module, dataset: Dataset, model: Model) -> None:
-    """Set the weights of terms and, where the recipe wants it, the naive Bayes start."""
-    if not isinstance(network, EmbeddingBag):
-        return
+    """Set the weights of terms and, where the recipe wants it, the naive Bayes start. Raises RecipeError."""
     texts = [dataset.terms[row].long() for row in dataset.rows["train"]]
-    if model.idf:
+    if isinstance(network, EmbeddingBag) and model.idf:
         network.importance.copy_(inverse_frequency(texts, len(network.importance)))
-    if model.naive_bayes:
-        targets_N = dataset.targets_N[list(dataset.rows["train"])]
+    if not model.naive_bayes:
+        return
+    targets_N = dataset.targets_N[list(dataset.rows["train"])]
+    if isinstance(network, EmbeddingBag):
         naive_bayes(network, texts, targets_N, model.naive_bayes)
+    elif isinstance(network, TextCnn):
+        classes = len(dataset.classes)
+        if model.width < classes:
+            raise RecipeError(
+                f"model.naive_bayes gives each term a number per class, {classes}, and model.width is {model.width}",
+                remedy=f"--set model.width={max(64, classes)}, or --set model.naive_bayes=0",
+            )
+        rows = len(network.table.weight)
+        sums_KV = torch.zeros(classes, rows, dtype=torch.float64)
+        for terms, target in zip(texts, targets_N.tolist(), strict=True):
+            sums_KV[target][torch.unique(terms)] += 1
+        network.table.weight[:, :classes] = log_ratios(sums_KV, model.naive_bayes).T.float()
 
 
 def inverse_frequency(texts: list[Tensor], rows: int) -> Tensor:
@@ -55,20 +68,26 @@ def inverse_frequency(texts: list[Tensor], rows: int) -> Tensor:
 def naive_bayes(network: EmbeddingBag, texts: list[Tensor], targets_N: Tensor, smoothing: float) -> None:
     """Make a linear network the multinomial naive Bayes classifier of its training texts.
 
-    With f the weights that the network gives a text's terms, row t of class k becomes log p(t | k) - mean_j log p(t | j)
-    with p(t | k) = (smoothing + sum of f_t over the texts of k) / (the same summed over the terms that occur), and the
-    bias becomes log p(k) (Manning, Raghavan and Schuetze 2008, chapter 13; as a start for a discriminative model: Wang and
-    Manning 2012, "Baselines and Bigrams"). A number added to all classes changes no answer; taking the mean away leaves
-    terms that no training text has without a say.
+    Row t of class k becomes what `log_ratios` says of the weights f that the network gives a text's terms, summed over the
+    texts of k, and the bias becomes log p(k) (Manning, Raghavan and Schuetze 2008, chapter 13; as a start for a
+    discriminative model: Wang and Manning 2012, "Baselines and Bigrams").
     """
     classes = network.table.shape[1]
     sums_KV = torch.zeros(classes, len(network.table), dtype=torch.float64)
     for terms, target in zip(texts, targets_N.tolist(), strict=True):
         sums_KV[target].index_add_(0, terms, network.shares(terms.unsqueeze(0))[0].double())
+    network.table.copy_(log_ratios(sums_KV, smoothing).T)
+    priors_K = torch.bincount(targets_N, minlength=classes).double() / len(targets_N)
+    network.head.bias.copy_(priors_K.log())  # type: ignore[operator]
+
+
+def log_ratios(sums_KV: Tensor, smoothing: float) -> Tensor:
+    """float64 `[classes, terms]`: log p(t | k) - mean_j log p(t | j).
+
+    p(t | k) = (smoothing + sums_kt) / (the same summed over the terms that occur). Taking the mean away, which changes no
+    answer, leaves terms that no training text has without a say: 0.
+    """
     occurs_V = sums_KV.sum(dim=0) > 0
     smooth_KV = torch.where(occurs_V, sums_KV + smoothing, 1.0)
     log_KV = (smooth_KV / (smooth_KV * occurs_V).sum(dim=1, keepdim=True)).log()
-    log_KV = torch.where(occurs_V, log_KV - log_KV.mean(dim=0), 0.0)
-    network.table.copy_(log_KV.T)
-    priors_K = torch.bincount(targets_N, minlength=classes).double() / len(targets_N)
-    network.head.bias.copy_(priors_K.log())  # type: ignore[operator]
+    return torch.where(occurs_V, log_KV - log_KV.mean(dim=0), 0.0)

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from training import files, learner, schedules, stages, state
-from training.augment import Draws, augment
+from training import files, learner, schedules, stages, state, validation
+from training.augment import Draws, alternating, augment
 from training.config import Recipe, Train
 from training.data import Dataset
 from training.distributed import ALONE, Group, Joined
@@ -135,7 +133,10 @@ def _train_step(
     phase, rows = pupil.phases[now.stage], batches[now.step]
     part = group.mine(len(rows))
     x_BCHW = dataset.input(rows[part], phase.size, pupil.device)
-    drawn = Draws(generator(recipe.seed, "augment", now.epoch, now.step), len(rows), part)
+    mirrored = None
+    if recipe.augment.flip == "alternating":
+        mirrored = alternating(rows[part], len(dataset.targets_N), recipe.seed, now.epoch)
+    drawn = Draws(generator(recipe.seed, "augment", now.epoch, now.step), len(rows), part, mirrored)
     x_BCHW = augment(x_BCHW, recipe.augment, drawn)
     targets_B = dataset.targets_N[rows[part]].to(pupil.device)
     # Dropout and stochastic depth draw from torch's own generator, in each process other masks.
@@ -143,7 +144,7 @@ def _train_step(
     stages.enter(pupil.network, phase.stage.freeze)
     with pupil.precise():
         loss, logits_BK = pupil.loss(joined.network(phase.stage.freeze), pupil.input(x_BCHW), targets_B)
-    correct = int((logits_BK.argmax(dim=1) == targets_B).sum())
+    correct = validation.right(recipe.task, logits_BK, targets_B)
     value, correct = _over_all(pupil, dataset, rows, float(loss.detach()), correct, group)
     rate = _rate(recipe.train, pupil.phases, now)
     if not math.isfinite(value):
@@ -199,7 +200,9 @@ def _end_epoch(
     pupil: Learner, dataset: Dataset, rows: Tensor, recipe: Recipe, now: State, folder: Path, group: Group
 ) -> None:
     """Judge the epoch, whose last batch was `rows`, on the validation split; keep its weights when they are the best."""
-    record = now.record() | _validate(pupil, dataset, recipe.train, pupil.phases[now.stage].size, group)
+    record = now.record() | _validate(pupil, dataset, recipe, pupil.phases[now.stage].size, group)
+    if recipe.task == "regression":
+        del record["train_accuracy"]
     rank = (_worth(recipe.train, record), -record["validation_loss"])
     if not all(map(math.isfinite, rank)):
         what = f"the validation loss became {record['validation_loss']}"
@@ -213,27 +216,20 @@ def _end_epoch(
 
 
 @torch.no_grad()
-def _validate(pupil: Learner, dataset: Dataset, train: Train, size: tuple[int, int], group: Group) -> dict[str, float]:
+def _validate(
+    pupil: Learner, dataset: Dataset, recipe: Recipe, size: tuple[int, int], group: Group
+) -> dict[str, float]:
     network = pupil.judged.eval()
-    loss = 0.0
-    predicted: list[int] = []
+    judged = validation.figures(recipe.task, recipe.train, len(dataset.classes))
     # The split is in an order drawn at random, so its first images are a fair sample of it.
-    rows = torch.tensor(dataset.rows["validation"])[: train.validation_images or None]
+    rows = torch.tensor(dataset.rows["validation"])[: recipe.train.validation_images or None]
     rows = rows[group.mine(len(rows))]
     for part in torch.split(rows, batch_size(*size)):
         x_BCHW = dataset.input(part, size, pupil.device)
         with pupil.precise():
             logits_BK = network(pupil.input(x_BCHW)).float()
-        loss += float(F.cross_entropy(logits_BK, dataset.targets_N[part].to(pupil.device), reduction="sum"))
-        predicted += logits_BK.argmax(dim=1).tolist()
-    (loss,) = group.totals(loss)
-    predicted, true = group.collect(predicted), group.collect(dataset.targets_N[rows].tolist())
-    right = sum(guess == truth for guess, truth in zip(predicted, true, strict=True))
-    return {
-        "validation_loss": loss / len(true),
-        "validation_accuracy": right / len(true),
-        "validation_macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0)),
-    }
+        judged.add(logits_BK, dataset.targets_N[part].to(pupil.device))
+    return judged.record(group)
 
 
 def _save(pupil: Learner, dataset: Dataset, rows: Tensor, now: State, folder: Path, group: Group) -> None:

@@ -1,6 +1,8 @@
 """What a model answers, counted in few bins: once over the test split as the baseline, then over live requests.
 
 Two distributions are kept: the probability of each answer's first label (`confidence`) and that label itself (`class`).
+Of a multi-label model the first label is the most probable one, above its threshold or not; of a regression it is the
+first target, with `position` in the place of the probability.
 Monitoring compares live with baseline by the population stability index; where they part, the requests have changed or
 the model no longer fits them.
 """
@@ -8,13 +10,14 @@ the model no longer fits them.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from handlerlib.spec import Baseline
+from handlerlib.spec import Baseline, Scaling
 
 Distribution = Literal["confidence", "class"]
 
@@ -35,6 +38,13 @@ def measure(answers: Iterable[tuple[int, float]], classes: int) -> Baseline:
         confidence[bisect_right(CONFIDENCE_EDGES, probability)] += 1
         predicted[index] += 1
     return Baseline(confidence_edges=CONFIDENCE_EDGES, confidence=tuple(confidence), classes=tuple(predicted))
+
+
+def position(value: float, scaling: Scaling) -> float:
+    """Where a regression's value lies among those of training, in (0, 1): Phi((value - mean) / scale), the normal
+    distribution function. It takes the place of the probability, so that values are counted in the same bins."""
+    z = (value - scaling.mean) / scaling.scale
+    return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from handlerlib import cores
 from handlerlib.engine_spec import EngineFile, Kind, Precision, TorchOptions
 from handlerlib.errors import SpecError
 from handlerlib.spec import ModelSpec, Preprocess
+from handlerlib.tasks import Finish, finish, softmax
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +42,8 @@ class Engine(Protocol):
     """What runs the network on one kind of hardware. Normalisation belongs to it, so that it can be fused."""
 
     def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
-        """uint8 `[B, C, height, width]` as decoded -> softmax over classes, float32 `[B, classes]` on the CPU.
+        """uint8 `[B, C, height, width]` as decoded -> softmax over classes, float32 `[B, classes]` on the CPU; of another
+        task what `handlerlib.tasks` makes of the logits.
 
         The pixels may lie in memory channel by channel or with each pixel's channels side by side. `threads` is the
         number of CPU threads that it may use for this batch, at least 1. One call at a time.
@@ -55,6 +57,7 @@ class PlainEngine:
     network: nn.Module
     preprocess: Preprocess
     device: torch.device
+    finish: Finish = softmax
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
@@ -62,7 +65,7 @@ class PlainEngine:
 
         use_threads(threads)
         logits: Tensor = self.network(imaging.normalise(x_BCHW.to(self.device), self.preprocess))
-        return logits.float().softmax(dim=1).cpu()
+        return self.finish(logits.float()).cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +76,20 @@ class TextEngine:
     device: torch.device
     small: bool = False
     """So little is to be done that waking another thread takes longer."""
+    finish: Finish = softmax
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
         use_threads(1 if self.small else threads)
         logits: Tensor = self.network(x_BCHW.to(self.device))
-        return logits.float().softmax(dim=1).cpu()
+        return self.finish(logits.float()).cpu()
 
 
 def plain_engine(network: nn.Module, spec: ModelSpec, device: torch.device) -> Engine:
     """The reference for the spec's kind of input; `network` is on `device`."""
     if spec.text is None:
-        return PlainEngine(network, spec.preprocess, device)
-    return TextEngine(network, device, small=spec.architecture.name == "embedding_bag")
+        return PlainEngine(network, spec.preprocess, device, finish(spec))
+    return TextEngine(network, device, small=spec.architecture.name == "embedding_bag", finish=finish(spec))
 
 
 class TorchEngine:

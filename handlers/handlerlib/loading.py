@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from handlerlib import architectures, engine_spec, engines
+from handlerlib import architectures, engine_spec, engines, stored
 from handlerlib.calibration import soften
 from handlerlib.engine_spec import EngineSpec, Obstacle, Reason
 from handlerlib.engines import Engine, PlainEngine
@@ -78,7 +78,8 @@ class LoadedModel:
     serving: Serving = Serving()
 
     def probabilities(self, x_BCHW: Tensor, threads: int = 0) -> Tensor:
-        """uint8 `[B, C, height, width]` -> probabilities, float32 `[B, classes]` on the CPU; 0 threads: as they are.
+        """uint8 `[B, C, height, width]` -> probabilities, float32 `[B, classes]` on the CPU; 0 threads: as they are. A
+        regression gives values, float32 `[B, targets]`.
 
         The only place where the spec's temperature comes in: engines know nothing of it.
         """
@@ -196,16 +197,18 @@ def _fall_back(model: LoadedModel, folder: Path, detail: str) -> None:
 
 def _largest_difference(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path, tolerance: float) -> float:
     worst = 0.0
+    what = "value" if model.spec.task == "regression" else "probability"
+    units = torch.tensor(model.spec.units)
     for sample in model.spec.golden.samples:
         got = answer(_read_golden(folder / sample.file, sample.file))
-        expected = torch.tensor(sample.probabilities)
-        difference = (got - expected).abs()
+        expected = torch.tensor(sample.outputs)
+        difference = (got - expected).abs() / units
         index = int(difference.argmax())
         # Written so that a NaN fails too.
         if not float(difference.max()) <= tolerance:
             label = model.spec.labels[index]
             raise SelfTestFailed(
-                f"golden sample {sample.file}: probability of '{label}' expected {float(expected[index]):.6f}, "
+                f"golden sample {sample.file}: {what} of '{label}' expected {float(expected[index]):.6f}, "
                 f"got {float(got[index]):.6f}, tolerance {tolerance:g}",
                 remedy="serve with the torch version and device that the archive was built for, or export and pack again",
             )
@@ -215,7 +218,7 @@ def _largest_difference(model: LoadedModel, answer: Callable[[bytes], Tensor], f
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
+        return stored.widen(safetensors.torch.load_file(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise SpecError(f"{path.name} cannot be read: {error}", remedy="export and pack the model again") from error
 

@@ -29,6 +29,8 @@ class Request:
 
     instances: tuple[bytes | bytearray, ...]
     top_k: int
+    given: bool = False
+    """Whether the client itself said `top_k`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def _bytes(value: Any) -> bytes | bytearray:
 
 
 def _one(data: bytes | bytearray, top_k: str | None, limits: Limits, kind: Kind) -> Request:
-    return Request((within(data, limits, kind.noun),), _top_k(top_k, limits))
+    return Request((within(data, limits, kind.noun),), _top_k(top_k, limits), top_k is not None)
 
 
 def _from_json(body: Any, headers: Mapping[str, str], limits: Limits, kind: Kind) -> Request:
@@ -99,7 +101,7 @@ def _from_json(body: Any, headers: Mapping[str, str], limits: Limits, kind: Kind
         raise PayloadTooLarge(f"{len(instances)} instances in one request, at most {limits.max_instances} are accepted")
     top_k = document["top_k"] if "top_k" in document else headers.get(TOP_K_HEADER)
     decoded = tuple(kind.instance(instance, index, limits) for index, instance in enumerate(instances))
-    return Request(decoded, _top_k(top_k, limits))
+    return Request(decoded, _top_k(top_k, limits), top_k is not None)
 
 
 def _parse_json(body: bytes | bytearray | memoryview | str, kind: Kind) -> Any:

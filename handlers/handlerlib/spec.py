@@ -26,6 +26,9 @@ TEMPERATURES = (0.2, 5.0)
 """What `temperature` may be: a probability that float32 cannot tell from 0 stays below 3e-8 at the highest."""
 MOST_BUCKETS = 1 << 28
 """Numbers of terms are int32."""
+Task = Literal["multi-class", "multi-label", "regression"]
+"""What the outputs are: probabilities of classes of which one is right (softmax), of labels that each are there or not
+(sigmoid), or values of named targets."""
 _T = typing.TypeVar("_T")
 
 
@@ -206,9 +209,16 @@ class GoldenSample:
     file: str
     """Relative to the spec's folder, e.g. `golden/0.png`."""
     label: str
-    """The true label, from the data set."""
-    probabilities: tuple[float, ...]
-    """Softmax over all classes as computed by training's export at batch size 1, at the spec's temperature."""
+    """The truth, from the data set: the label; for people, all labels or the targets' values where it is no class."""
+    probabilities: tuple[float, ...] = ()
+    """Of all classes or labels, as computed by training's export at batch size 1, at the spec's temperature."""
+    values: tuple[float, ...] = ()
+    """Of all targets, in their own units; of a regression, which has no probabilities."""
+
+    @property
+    def outputs(self) -> tuple[float, ...]:
+        """What the model must give, per output index."""
+        return self.values or self.probabilities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +226,7 @@ class Golden:
     """The samples a model is proved against: at packing, at verification and at each start of a worker."""
 
     tolerance: float
-    """Largest absolute difference of any probability."""
+    """Largest absolute difference of any probability; of a value, in units of its target's scale."""
     samples: tuple[GoldenSample, ...]
 
     def __post_init__(self) -> None:
@@ -226,7 +236,10 @@ class Golden:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baseline:
-    """What the network answered for the test split, in counts of images; live answers are compared with it."""
+    """What the network answered for the test split, in counts of images; live answers are compared with it.
+
+    What is the probability of the first label here is, of a regression, `handlerlib.drift.position` of the first value.
+    """
 
     confidence_edges: tuple[float, ...]
     """Inner edges of the bins of `confidence`, ascending, in (0, 1); a value on an edge belongs to the bin above it."""
@@ -246,6 +259,19 @@ class Baseline:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """How one target was standardised: the network gives z, the answer is mean + scale * z."""
+
+    mean: float
+    """Of the training split."""
+    scale: float
+    """Standard deviation of the training split; positive."""
+
+    def __post_init__(self) -> None:
+        require(self.scale > 0, "scaling.scale", "positive", self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """One servable model version. Written by `training.export`, read by everything after it."""
 
@@ -262,8 +288,14 @@ class ModelSpec:
     """Of an image model. A text model has none; the file then leaves it out."""
     text: TextPreprocess | None = None
     """Of a text model; left out of the file for others."""
+    task: Task = "multi-class"
+    """Left out of the file when it is multi-class."""
     labels: tuple[str, ...]
-    """Label of each output index."""
+    """Label of each output index; of a regression, the targets' names."""
+    thresholds: tuple[float, ...] = ()
+    """Of a multi-label model: per label, the probability from which on it is answered; left out of the file for others."""
+    scaling: tuple[Scaling, ...] = ()
+    """Of a regression: per target; left out of the file for others."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     golden: Golden
     baseline: Baseline | None = None
@@ -284,10 +316,31 @@ class ModelSpec:
         require(low <= self.temperature <= high, "temperature", f"from {low:g} to {high:g}", self.temperature)
         if self.baseline is not None:
             require(len(self.baseline.classes) == len(self.labels), "baseline.classes", "one per label", self.baseline)
+        self._check_task()
         for sample in self.golden.samples:
             where = f"golden sample {sample.file}"
-            require(len(sample.probabilities) == len(self.labels), where, "one probability per label", sample)
-            require(sample.label in self.labels, where, "a label of this model", sample.label)
+            given, other = sample.probabilities, sample.values
+            if self.task == "regression":
+                require(len(other) == len(self.labels) and not given, where, "one value per target", sample)
+                continue
+            require(len(given) == len(self.labels) and not other, where, "one probability per label", sample)
+            if self.task == "multi-class":
+                require(sample.label in self.labels, where, "a label of this model", sample.label)
+
+    def _check_task(self) -> None:
+        labelled, valued = self.task == "multi-label", self.task == "regression"
+        wanted = len(self.labels) if labelled else 0
+        require(len(self.thresholds) == wanted, "thresholds", f"{wanted} for the task {self.task}", self.thresholds)
+        require(all(0 < one < 1 for one in self.thresholds), "thresholds", "in (0, 1)", self.thresholds)
+        wanted = len(self.labels) if valued else 0
+        require(len(self.scaling) == wanted, "scaling", f"{wanted} for the task {self.task}", self.scaling)
+        plain = self.task == "multi-class" or self.temperature == 1.0
+        require(plain, "temperature", f"1 for the task {self.task}", self.temperature)
+
+    @property
+    def units(self) -> tuple[float, ...]:
+        """Per output, what a tolerance of 1 stands for: 1 of a probability, the target's scale of a value."""
+        return tuple(one.scale for one in self.scaling) or (1.0,) * len(self.labels)
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two-space indent, one trailing newline. Same value, same bytes."""
@@ -301,6 +354,13 @@ class ModelSpec:
         }
         if self.temperature == 1.0:
             del fields["temperature"]
+        if self.task == "multi-class":
+            del fields["task"]
+        for name in ("thresholds", "scaling"):
+            if not fields[name]:
+                del fields[name]
+        for sample in fields["golden"]["samples"]:
+            del sample["probabilities" if self.task == "regression" else "values"]
         return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod

@@ -60,6 +60,9 @@ class TextCnn(nn.Module):
         super().__init__()
         self.lengths = terms.lengths
         self.table = nn.Embedding(terms.rows, terms.width, padding_idx=0)
+        with torch.no_grad():
+            # Small enough that a term's few updates outweigh the noise it starts with.
+            self.table.weight.mul_(0.1)
         self.patterns = nn.ModuleList(
             nn.Conv1d(terms.width, terms.filters, length, padding=length - 1) for length in terms.lengths
         )

@@ -37,7 +37,7 @@ CHUNK_ROWS = 8
 Headers = dict[str, str]
 """One request's, with names in lower case."""
 Output = Ranked | RequestError
-"""The most probable labels of one input, or why it has none."""
+"""The most probable labels of one input, or its values; or why it has none."""
 Result = tuple[payload.Request, list[Output]] | RequestError
 """One request with its outputs, or why it could not be read."""
 _SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -118,7 +118,7 @@ class ModelHandler(ABC):
             outcomes=[
                 telemetry.outcome([result] if isinstance(result, RequestError) else result[1]) for result in results
             ],
-            answers=[(output[0][0], output[1][0]) for output in outputs if not isinstance(output, RequestError)],
+            answers=[self._renderer.first(output) for output in outputs if not isinstance(output, RequestError)],
         )
         return bodies
 
@@ -145,7 +145,7 @@ class ModelHandler(ABC):
             spec = self.model.spec
             self._recorder = Recorder(spec.name, spec.version)
             self._guard = quarantine.guard()
-            self._renderer = answers.Renderer(spec.name, spec.version, spec.labels)
+            self._renderer = answers.renderer(spec)
             self._chunk = self.batch_size if device.type == "cuda" else _chunk(self.batch_size, spec.architecture)
             worst = loading.self_test(self.model, self._answer_alone, folder)
             self._warm_up(device, workers)
@@ -238,7 +238,7 @@ class ModelHandler(ABC):
                 return [_alone(error, out_of_memory)]
             logger.warning("a batch of %d failed (%s) and is run again in halves", len(items), type(error).__name__)
         else:
-            return _ranked(rows, top_k)
+            return _ranked(rows, top_k, self._renderer)
         # Outside the handler above: the failed batch's tensors are held by the exception until it is gone.
         if out_of_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -255,7 +255,7 @@ class ModelHandler(ABC):
                 where = f"instance {position}: " if len(outputs) > 1 else ""
                 error = _caused(type(output)(where + str(output)), output.__cause__)
                 return self._refuse(error, index, headers, context)
-            ranked.append((output, request.top_k))
+            ranked.append((output, self._renderer.wanted(request.top_k, request.given)))
         context.set_response_content_type(index, "application/json")
         return self._renderer.document(ranked)
 
@@ -278,8 +278,8 @@ def _per_request(requests: Sequence[payload.Request | RequestError], outputs: It
     ]
 
 
-def _ranked(rows_BK: Tensor, top_k: int) -> list[Output]:
-    ranked: list[Output] = [*answers.rank(rows_BK, top_k)]
+def _ranked(rows_BK: Tensor, top_k: int, renderer: answers.Renderer) -> list[Output]:
+    ranked: list[Output] = [*renderer.rank(rows_BK, top_k)]
     for row, fine in enumerate(answers.finite(rows_BK)):
         if not fine:
             ranked[row] = InferenceFailed("the model gave no finite answer for this input")

@@ -43,5 +43,19 @@ def test_golden_samples_are_texts_and_the_card_tells_of_texts(text_archive: Arch
 def test_what_is_for_images_says_so(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="reads texts"):
         ladder.run(trained, ladder.Settings(device="cpu"), runs=tmp_path, artifacts=tmp_path, report=silent)
-    with pytest.raises(TargetError, match="reads texts"):
-        search.compress(trained, search.Options(), runs=tmp_path, artifacts=tmp_path, report=silent)
+
+
+def test_a_smaller_one_is_an_archive_like_any_other(
+    trained: Path, text_archive: Archive, handlers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.compress.measure._BLOCK_SECONDS", 0.001)
+    options = search.Options(budget=15.0, methods=("prune", "int8"))
+    result = search.compress(trained, options, runs=tmp_path / "runs", artifacts=tmp_path / "artifacts", report=silent)
+    rows = {row.name: row for row in result.rows}
+    assert "its terms are hashed" in rows["prune"].reason
+    smaller = rows["int8"].artifact
+    assert smaller is not None, rows["int8"].reason
+    packed = archive.pack(smaller, handlers=handlers, destination=tmp_path)
+    report = verify.verify(packed.path)
+    assert report.passed, report.findings
+    assert packed.size < text_archive.size

@@ -90,7 +90,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     store.mkdir()
     shutil.copy(first.path, store)
     model_store.publish(store, dataclasses.replace(first, path=store / first.path.name))
-    settings = torchserve.settings(log_requests=False)
+    settings = torchserve.settings(log_requests=False, log_file=home / "server.log")
     models = serving.at_start(store)
     server = Server(models, settings, prove=prove, expected=serving.Following(store, models))
     with server:

@@ -26,7 +26,10 @@ from support.artifacts import write_artifact
 from support.commands import project
 from support.torchserve import running
 from training import html_report, pipeline
+from training.evaluate import Evaluation
+from training.judge import Judge
 from training.progress import silent
+from training.scoring import Comparison, Questions
 
 SEEDS = range(48)
 pytestmark = pytest.mark.timeout(300)
@@ -72,10 +75,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(server, home, artifact, photos)
 
 
-def ask(served: Served, folder: Path, **changes: Any) -> scoring.Score:
+def ask(served: Served, folder: Path, **changes: Any) -> scoring.Score[Questions, Evaluation, Comparison]:
     options = scoring.Options(name="tiny", folder=folder, **changes)
     with InferenceClient(served.server.inference_url) as client:
-        return scoring.score(client, options, served.home, silent)
+        return scoring.score(client, options, served.home, Judge(silent), silent)
 
 
 def test_the_command_gives_a_served_model_its_artifacts_figures(
@@ -124,9 +127,9 @@ def test_every_answer_has_the_values_of_evaluation(served: Served) -> None:
 def test_without_an_artifact_the_answers_are_judged_all_the_same(served: Served, tmp_path: Path) -> None:
     options = scoring.Options(name="tiny", folder=served.photos)
     with InferenceClient(served.server.inference_url) as client:
-        score = scoring.score(client, options, Home(tmp_path), silent)
+        score = scoring.score(client, options, Home(tmp_path), Judge(silent), silent)
     assert score.evaluation.labels == images.LABELS
-    assert score.reference is score.comparison is None
+    assert score.reference is None and score.comparison is None
     assert "no artifact of tiny 1.0 here" in score.notes[0]
 
 
@@ -141,7 +144,7 @@ def test_samples_without_an_answer_are_counted_named_and_fail_the_command(served
     error = scoring_view.against(score, served.server.inference_url)
     assert error is not None and error.exit_code == 7
     assert str(error).startswith("2 of 4 samples got no answer, the first: red/1.png: ")
-    page = html_report.render(scoring_view.subject(score, "http://x"), score.evaluation, score.asked.read())
+    page = html_report.render(training_cli.served_subject(score, "http://x"), score.evaluation, score.asked.read())
     assert "2 of 4 samples got no answer." in page and "red/3.png" in page
 
 
@@ -161,7 +164,7 @@ def test_other_answers_than_the_artifacts_fail_the_command(served: Served) -> No
 def test_an_unknown_model_and_a_dead_address(served: Served) -> None:
     options = scoring.Options(name="other", folder=served.photos)
     with InferenceClient(served.server.inference_url) as client, pytest.raises(ClientError, match="no such model"):
-        scoring.score(client, options, served.home, silent)
+        scoring.score(client, options, served.home, Judge(silent), silent)
     asked = pipeline.questions(served.artifact, folder=served.photos)
     with (
         InferenceClient("http://127.0.0.1:9", retries=Retries(count=0)) as nobody,

@@ -127,7 +127,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     store.mkdir()
     shutil.copy(packed["1.0"].path, store)
     model_store.publish(store, dataclasses.replace(packed["1.0"], path=store / packed["1.0"].path.name))
-    settings = torchserve.settings(log_requests=False)
+    settings = torchserve.settings(log_requests=False, log_file=home / "server.log")
     found = Stage(home, packed, settings, _start(home, settings))
     found.expected["1.0"] = found.table("1.0")
     try:

@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 import requests
 
-from marina import archive, golden, store
+from marina import archive, golden, scoring, store
 from marina.client import InferenceClient
+from marina.home import Home
 from marina.server import Server
 from support import texts
 from support.torchserve import running
 from training import pipeline
 from training.evaluate import Evaluation
+from training.judge import Judge
+from training.progress import silent
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     server: Server
+    home: Home
     artifact: Path
     evaluation: Evaluation
 
@@ -34,15 +38,24 @@ class Served:
     def ask(self, data: bytes, **headers: str) -> requests.Response:
         return requests.post(self.url, data=data, headers={"Content-Type": "text/plain", **headers}, timeout=60)
 
+    def score(self, name: str, data: Path | None = None) -> scoring.Score[Any, Evaluation, Any]:
+        with InferenceClient(self.server.inference_url) as client:
+            return scoring.score(client, scoring.Options(name=name, folder=data), self.home, Judge(silent), silent)
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, handlers: Path) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("texts")
-    artifact = texts.train(folder).artifact
-    packed = archive.pack(artifact, handlers=handlers, destination=folder / "store")
-    store.publish(folder / "store", packed)
-    with running(store.to_serve([packed])) as server:
-        yield Served(server, artifact, pipeline.evaluate(artifact))
+    """`news`, a bag of terms from a .csv, and `articles`, convolutions from class folders."""
+    home = Home(tmp_path_factory.mktemp("texts"))
+    artifact = texts.train(home.root).artifact
+    packed = [
+        archive.pack(one, handlers=handlers, destination=home.store)
+        for one in (artifact, texts.train_folders(home.root).artifact)
+    ]
+    for one in packed:
+        store.publish(home.store, one)
+    with running(store.to_serve(packed)) as server:
+        yield Served(server, home, artifact, pipeline.evaluate(artifact))
 
 
 def first(answer: requests.Response) -> dict[str, Any]:
@@ -66,6 +79,22 @@ def test_every_test_text_is_answered_as_evaluation_says(served: Served) -> None:
             best = first(answer.result())
             assert best["label"] == one.predicted
             assert best["probability"] == pytest.approx(one.probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["news", "articles"])
+def test_both_architectures_serve_the_values_of_their_evaluation(served: Served, name: str) -> None:
+    score = served.score(name)
+    assert score.answered.failures == ()
+    assert score.comparison.changed == 0 and not score.comparison.differs
+    assert score.evaluation.metrics["test_accuracy"] > 0.7
+
+
+def test_a_file_of_labelled_rows_is_scored_as_folders_of_the_same_texts_are(served: Served, tmp_path: Path) -> None:
+    rows = texts.english()[::5] + texts.chinese()[::5]
+    csv = served.score("news", texts.write_csv(tmp_path / "more.csv", rows))
+    folders = served.score("news", texts.write_folders(tmp_path / "more", rows))
+    assert csv.evaluation.metrics == pytest.approx(folders.evaluation.metrics, abs=1e-6)
+    assert csv.comparison.samples == len(rows) and not csv.comparison.differs
 
 
 @pytest.mark.parametrize(("label", "text"), [("World", "总统与外交部长在北京谈判"), ("Sports", "教练说球队赢得了比赛")])

@@ -12,17 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("handlerlib", "training", "marina", "support", "tests")
 MARINA_COMMANDS_THAT_TRAIN = {
-    f"{name}.py"
-    for name in (
-        "training_cli",
-        "demo",
-        "compress_cli",
-        "optimize_cli",
-        "compare_cli",
-        "search_cli",
-        "scoring",
-        "scoring_view",
-    )
+    f"{name}.py" for name in ("training_cli", "demo", "compress_cli", "optimize_cli", "compare_cli", "search_cli")
 }
 
 

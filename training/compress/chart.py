@@ -22,7 +22,16 @@ BRIEF = ("form", "result", "validation loss", "test loss [95 %]", "weights kB", 
 """The columns that fit a terminal."""
 _COLOURS = {"parent": "#1a1a1a", "kept": "#1f5fa8", "refused": "#c44e00"}
 _MARKERS = {"parent": "D", "kept": "o", "refused": "X"}
+_WEIGHED = {
+    "image": "",
+    "text": "Weights are weighed together with the vocabulary, and latency is the network's, without reading the text. ",
+}
 _Form = Mapping[str, Any]
+
+
+def _thing(fields: Mapping[str, Any]) -> str:
+    """What the model takes."""
+    return "text" if fields["texts"] else "image"
 
 
 def cells(fields: Mapping[str, Any]) -> list[list[str]]:
@@ -37,13 +46,13 @@ def brief(fields: Mapping[str, Any]) -> list[list[str]]:
 
 def table(fields: Mapping[str, Any]) -> str:
     """`report.md`."""
-    images = fields["images"]
+    images, thing = fields["images"], _thing(fields)
     lines = [
         f"# {_title(fields)} compressed",
         "",
-        f"Budget: {fields['budget_points']:g} points. Forms were chosen on {images['validation']} validation images and"
-        f" those within the budget asked once about {images['test']} test images; intervals are 95 %, of paired"
-        " differences. Latency: milliseconds per image on"
+        f"Budget: {fields['budget_points']:g} points. Forms were chosen on {images['validation']} validation {thing}s and"
+        f" those within the budget asked once about {images['test']} test {thing}s; intervals are 95 %, of paired"
+        f" differences. {_WEIGHED[thing]}Latency: milliseconds per {thing} on"
         f" {fields['threads']} thread{'' if fields['threads'] == 1 else 's'} ({fields['device']}), all forms in turns"
         " within one run; x is how many times as fast as the parent, in torch's eager float32.",
         "",
@@ -77,7 +86,7 @@ def draw(fields: Mapping[str, Any], path: Path) -> None:
     left, right, key = figure.subplots(1, 3, width_ratios=[1, 1, 0.42])
     lowest = _floor(shown, reference, fields["budget_points"])
     for axes, value, label in (
-        (left, _milliseconds, "milliseconds per image, batch 1"),
+        (left, _milliseconds, f"milliseconds per {_thing(fields)}, batch 1"),
         (right, _kilobytes, "weights that the worker loads (kB)"),
     ):
         _scatter(axes, shown, value, reference, lowest)
@@ -89,10 +98,11 @@ def draw(fields: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.margins(x=0.12)
     _explain(key, shown, reference, lowest)
+    images, thing = fields["images"], _thing(fields)
     title = (
-        f"{_title(fields)}: accuracy on {fields['images']['test']} test images with 95 % intervals of the difference"
+        f"{_title(fields)}: accuracy on {images['test']} test {thing}s with 95 % intervals of the difference"
         f" to the parent\nrefused on validation: the parent's test accuracy less the loss on"
-        f" {fields['images']['validation']} validation images; dotted: the budget of {fields['budget_points']:g} points"
+        f" {images['validation']} validation {thing}s; dotted: the budget of {fields['budget_points']:g} points"
     )
     figure.suptitle(title, parse_math=False, fontsize=10)
     FigureCanvasAgg(figure)

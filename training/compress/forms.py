@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handlerlib import architectures, engines, imaging
+from handlerlib import architectures, engines, imaging, inputs
 from handlerlib.engine_spec import ENGINE_FILE, Accuracy, EngineSpec
-from handlerlib.engines import Engine, PlainEngine
-from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, Architecture, ModelSpec, closest
+from handlerlib.engines import Engine
+from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, Architecture, ModelSpec, TextPreprocess, closest
 from training import export as exporting
 from training import files, html_report
-from training.compress import channels, distil, measure, quantise, sparsity
+from training.compress import channels, distil, measure, quantise, sparsity, storage, vocabulary
 from training.compress.channels import Group, Importance
 from training.compress.distil import Teacher
 from training.compress.measure import Comparison, Size
+from training.compress.storage import Bits
 from training.config import Model, Recipe
 from training.data import Dataset
 from training.errors import RecipeError
@@ -36,6 +38,7 @@ from training.evaluate import Evaluation, batch_size, calibrated, evaluate
 from training.export import METRICS_FILE, PROVENANCE_FILE
 from training.optimize import judge as judging
 from training.optimize import rungs
+from training.optimize.measure import pixels
 from training.optimize.openvino_rungs import CALIBRATION_IMAGES
 from training.optimize.rungs import Draft
 from training.pipeline import RECIPE_FILE
@@ -130,6 +133,8 @@ class Made:
     shape: Architecture
     epochs: int = 0
     best_epoch: int = 0
+    text: TextPreprocess | None = None
+    """Of a text model with other terms than its parent; None: the parent's."""
 
 
 def pruned(bench: Bench, name: str, base: str, ratio: float, total: float) -> Form:
@@ -192,6 +197,31 @@ def quantised(bench: Bench, name: str, base: str, rung: str) -> Form:
     return _form(bench, name, "post-training quantisation", description, base, settings, make, rung=rung)
 
 
+def stored(bench: Bench, name: str, base: str, bits: Bits) -> Form:
+    """The same network with weights of fewer bits in their file; a worker widens them as it loads them."""
+
+    def make(bench: Bench, folder: Path) -> Made:
+        spec = spec_of(bench, base)
+        return Made(dict(network_of(bench, base).state_dict()), spec.architecture, text=spec.text)
+
+    what = "float16 numbers" if bits == 16 else f"{bits}-bit integers with float scales"
+    description = f"weights stored as {what}, computed with as float32"
+    return _form(bench, name, "storage", description, base, {"bits": bits}, make, bits=bits)
+
+
+def fewer_terms(bench: Bench, name: str, share: float) -> Form:
+    """The parent without the `share` of its terms that matter least to the training texts."""
+
+    def make(bench: Bench, folder: Path) -> Made:
+        network = network_of(bench, PARENT)
+        texts = (bench.dataset.terms[row] for row in bench.dataset.rows["train"])
+        fewer = vocabulary.without(network, bench.spec, vocabulary.importance(network, texts), share)
+        return Made(fewer.weights, fewer.shape, text=fewer.text)
+
+    description = f"{100 * share:g} % of the terms removed, those that matter least to the training texts"
+    return _form(bench, name, "structured pruning", description, PARENT, {"share": share}, make)
+
+
 def trained_quantised(bench: Bench, name: str, base: str, rung: str) -> Form:
     """Fine-tune with weights and activations rounded as in int8, then build the int8 engine from what comes out."""
 
@@ -222,6 +252,7 @@ def _form(
     make: Callable[[Bench, Path], Made],
     *,
     rung: str | None = None,
+    bits: Bits | None = None,
 ) -> Form:
     """Make and judge one form; or find it finished, or go on where its training was stopped."""
     folder = bench.folder / name
@@ -232,10 +263,15 @@ def _form(
     bench = dataclasses.replace(bench, report=_named(bench.report, name))
     began = time.monotonic()
     made = make(bench, folder)
-    exporting.save_weights(made.weights, folder / WEIGHTS_FILE)
-    spec = dataclasses.replace(bench.spec, architecture=made.shape, baseline=None)
+    if bits is None:
+        exporting.save_weights(made.weights, folder / WEIGHTS_FILE)
+    else:
+        content = storage.dump(made.weights, bits)
+        files.write(folder / WEIGHTS_FILE, lambda temporary: temporary.write_bytes(content))
+    text = made.text or bench.spec.text
+    spec = dataclasses.replace(bench.spec, architecture=made.shape, text=text, baseline=None)
     files.write_text(folder / SPEC_FILE, spec.to_json())
-    weighed = [folder / WEIGHTS_FILE]
+    weighed = weighed_files(bench, folder)
     if rung is not None:
         network = network_of(bench, name).to(bench.device)
         # Quantisers draw their own progress on stdout, where --json has its one object.
@@ -331,7 +367,12 @@ def complete(bench: Bench, form: Form, budget: float) -> Form:
 
 
 def parent_size(bench: Bench) -> Size:
-    return measure.size(bench.network, bench.spec.architecture, [bench.target / WEIGHTS_FILE])
+    return measure.size(bench.network, bench.spec.architecture, weighed_files(bench, bench.target))
+
+
+def weighed_files(bench: Bench, folder: Path) -> list[Path]:
+    """What a worker loads to run the float form; for texts with the spec, which holds the vocabulary."""
+    return [folder / name for name in ((WEIGHTS_FILE,) if bench.spec.text is None else (WEIGHTS_FILE, SPEC_FILE))]
 
 
 def _metrics(form: Form, judged: Evaluation, temperature: float) -> dict[str, Any]:
@@ -419,7 +460,7 @@ def engine_of(bench: Bench, name: str) -> Engine:
 
 
 def plain_engine(bench: Bench, network: nn.Module) -> Engine:
-    return PlainEngine(network.requires_grad_(False).to(bench.device), bench.spec.preprocess, bench.device)
+    return engines.plain_engine(network.requires_grad_(False).to(bench.device), bench.spec, bench.device)
 
 
 def compared(bench: Bench, base: str, name: str, split: Split) -> Comparison:
@@ -433,7 +474,7 @@ def right(bench: Bench, name: str, split: Split) -> Tensor:
     wanted = len(bench.dataset.rows[split])
     text = path.read_text(encoding="ascii") if path.exists() else ""
     if len(text) != wanted:
-        found = _correct(bench, engine_of(bench, name), split)
+        found = _correct(bench, engine_of(bench, name), split, spec_of(bench, name))
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, "".join("1" if one else "0" for one in found.tolist()))
         return found
@@ -469,7 +510,21 @@ def _scores(bench: Bench, network: nn.Module, groups: list[Group]) -> list[Tenso
     return total
 
 
-def _correct(bench: Bench, engine: Engine, split: Split) -> Tensor:
+def latency_inputs(bench: Bench, name: str, batch: int) -> Tensor:
+    """What a form's engine takes: pixels, or the first texts of the validation split as its own numbers of terms."""
+    spec = spec_of(bench, name)
+    if spec.text is None:
+        return pixels(spec.architecture, batch)
+    reading = inputs.of(spec)
+    samples = itertools.islice(itertools.cycle(itertools.islice(bench.dataset.samples("validation"), batch)), batch)
+    return reading.stack([reading.load(sample.data) for sample in samples])
+
+
+def _correct(bench: Bench, engine: Engine, split: Split, spec: ModelSpec | None = None) -> Tensor:
+    if bench.spec.text is not None:
+        return measure.correct_texts(
+            engine, spec or bench.spec, bench.dataset, split, threads=bench.threads, report=bench.report
+        )
     return measure.correct(engine, bench.dataset, split, threads=bench.threads, report=bench.report)
 
 

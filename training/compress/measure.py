@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import zlib
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from handlerlib import inputs
 from handlerlib.loading import Engine
-from handlerlib.spec import Architecture
+from handlerlib.spec import Architecture, ModelSpec
 from training import paired
 from training.data import Dataset
 from training.evaluate import batch_size
-from training.optimize.measure import pixels
 from training.progress import Report, Step
 from training.sources import Split
 
+_TEXTS = 512
+"""Texts that are read and asked at once."""
 _BLOCK_SECONDS = 0.25
 """One form's turn in a round of latency measurement; long enough to get over the change of forms."""
 
@@ -82,6 +85,22 @@ def correct(engine: Engine, dataset: Dataset, split: Split, *, threads: int, rep
     return torch.cat(right)
 
 
+@torch.inference_mode()
+def correct_texts(
+    engine: Engine, spec: ModelSpec, dataset: Dataset, split: Split, *, threads: int, report: Report
+) -> Tensor:
+    """The same for texts, read from their bytes as a worker reads them: forms differ in the terms that they know."""
+    reading = inputs.of(spec)
+    total, right = len(dataset.rows[split]), []
+    samples = iter(dataset.samples(split))
+    while block := list(itertools.islice(samples, _TEXTS)):
+        x_BL = reading.stack([reading.load(sample.data) for sample in block])
+        targets = torch.tensor([spec.labels.index(sample.label) for sample in block])
+        right.append(engine(x_BL, threads).argmax(dim=1) == targets)
+        report(Step("evaluate", min(len(right) * _TEXTS, total), total, split))
+    return torch.cat(right)
+
+
 def compare(before: Tensor, after: Tensor) -> Comparison:
     """Two results of `correct` on the same images."""
     difference = paired.lost(before, after)
@@ -119,17 +138,19 @@ def multiply_adds(network: nn.Module, shape: Architecture) -> int:
 
 
 def latency(
-    engines: Mapping[str, Engine], shape: Architecture, *, batch: int, threads: int, rounds: int = 7
+    engines: Mapping[str, Engine], batches: Mapping[str, Tensor], *, batch: int, threads: int, rounds: int = 7
 ) -> dict[str, Latency]:
-    """Time all forms in turns, so that what disturbs the machine disturbs all of them; the first is the reference."""
-    x_BCHW = pixels(shape, batch)
-    for engine in engines.values():
+    """Time all forms in turns, so that what disturbs the machine disturbs all of them; the first is the reference.
+
+    `batches` holds for each form a batch of `batch` inputs, as its engine takes them.
+    """
+    for name, engine in engines.items():
         for _ in range(3):
-            engine(x_BCHW, threads)
+            engine(batches[name], threads)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
         for name, engine in engines.items():
-            times[name].append(1000 * _turn(engine, x_BCHW, threads) / batch)
+            times[name].append(1000 * _turn(engine, batches[name], threads) / batch)
     reference = next(iter(times.values()))
     return {name: _summary(batch, reference, values) for name, values in times.items()}
 

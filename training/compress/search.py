@@ -8,6 +8,7 @@ after what decides the forms, so that the same command, also with another budget
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -23,18 +24,19 @@ from pydantic import ValidationError
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec, closest
 from training import export as exporting
 from training import files, pipeline
-from training.compress import channels, chart, distil, forms, measure
+from training.compress import channels, chart, distil, forms, measure, vocabulary
 from training.compress.channels import Importance
 from training.compress.forms import PARENT, Bench, Form
 from training.compress.measure import Comparison, Latency, Size
+from training.compress.storage import Bits
 from training.config import Distil, Recipe
-from training.errors import DataError, Interrupted, RecipeError
+from training.errors import DataError, Interrupted, RecipeError, TargetError
 from training.export import COMPRESSION_FILE, PROVENANCE_FILE
 from training.optimize import rungs
 from training.progress import Report, Step
 from training.train import choose_device, choose_threads, reproducible
 
-Method = Literal["prune", "sparse", "int8", "qat", "bf16", "fp16", "distil"]
+Method = Literal["prune", "sparse", "int8", "int4", "qat", "bf16", "fp16", "distil"]
 METHODS: tuple[Method, ...] = get_args(Method)
 REPORT_FILE = "report.json"
 TABLE_FILE = "report.md"
@@ -47,6 +49,14 @@ _RATIOS = (0.25, 0.5, 0.7, 0.85)
 """Parts of the channels that are gone after each step of structured pruning."""
 _SHARES = (0.5, 0.75, 0.9)
 """Parts of the weights that magnitude pruning sets to zero."""
+_STORED: Mapping[Method, Bits] = {"fp16": 16, "int8": 8, "int4": 4}
+"""How many bits a number takes in the file, where no engine of that precision is meant."""
+_NOT_FOR_TEXTS: Mapping[Method, str] = {
+    "bf16": "fp16 takes the same bytes and keeps more digits",
+    "qat": "rows are rounded one by one, with no ranges of activations that training could adapt",
+    "sparse": "a row of zeros still takes its place; prune removes whole terms",
+    "distil": "students are networks for images; a smaller text model is trained from its recipe",
+}
 _ROUNDING = 1e-9
 _INT8 = "openvino-int8"
 _TUNING_RATE = 0.25
@@ -152,7 +162,8 @@ class Result:
     """Of the parent."""
     options: Options
     images: dict[str, int]
-    """Per split."""
+    """Images, or texts, per split."""
+    texts: bool
     threads: int
     device: str
     rows: tuple[Row, ...]
@@ -166,6 +177,7 @@ class Result:
             "version": self.version,
             "budget_points": self.options.budget,
             "images": self.images,
+            "texts": self.texts,
             "threads": self.threads,
             "device": self.device,
             "forms": [_row_fields(row) for row in self.rows],
@@ -180,7 +192,7 @@ def compress(
     Raises what `pipeline.evaluate` raises, RecipeError for a wrong option, and Interrupted on Ctrl-C.
     """
     spec = pipeline.load_spec(target)
-    exporting.require_images(spec)
+    _require_classes(spec)
     origin = pipeline.read_json(target / PROVENANCE_FILE)
     recorded = pipeline.recorded_recipe(target, origin, root)
     recipe = tuned(recorded, options)
@@ -213,6 +225,15 @@ def compress(
         raise Interrupted("compression stopped; finished forms are kept") from None
     finally:
         store.unlink(missing_ok=True)
+
+
+def _require_classes(spec: ModelSpec) -> None:
+    """Raises TargetError for a task whose loss is no share of right answers."""
+    if spec.task != "multi-class":
+        raise TargetError(
+            f"{spec.name} {spec.version} is a {spec.task} model, and forms are judged by the share of right classes",
+            remedy="serve it as it is, or train a smaller one from its recipe",
+        )
 
 
 def tuned(recipe: Recipe, options: Options) -> Recipe:
@@ -263,7 +284,7 @@ def _search(bench: Bench, options: Options, artifacts: Path) -> Result:
     began = time.monotonic()
     images = len(bench.dataset.rows["validation"])
     if 100 / images > options.budget:
-        note = f"one of {images} validation images is {100 / images:.2f} points: a form within the budget loses none"
+        note = f"one of {images} validation samples is {100 / images:.2f} points: a form within the budget loses none"
         bench.report(Step("compress", 0, 0, note))
     found: list[Form] = []
     skipped: list[Row] = []
@@ -288,6 +309,7 @@ def _search(bench: Bench, options: Options, artifacts: Path) -> Result:
         version=bench.spec.version,
         options=options,
         images=bench.dataset.sizes(),
+        texts=bench.spec.text is not None,
         threads=bench.threads,
         device=bench.device.type,
         rows=tuple(_published(bench, row, artifacts) for row in rows),
@@ -300,6 +322,9 @@ def _search(bench: Bench, options: Options, artifacts: Path) -> Result:
 
 def _steps(bench: Bench, options: Options, found: list[Form]) -> Iterator[Form | Row]:
     """Make one form after the other; each is in `found` when it comes out. What comes next depends on what passed."""
+    if bench.spec.text is not None:
+        yield from _text_steps(bench, options, found)
+        return
     yield from _lower_precisions(bench, options, found, PARENT)
     bases: list[str] = []
     if "prune" in options.methods:
@@ -318,6 +343,50 @@ def _steps(bench: Bench, options: Options, found: list[Form]) -> Iterator[Form |
         yield from _lower_precisions(bench, options, found, base)
 
 
+def _text_steps(bench: Bench, options: Options, found: list[Form]) -> Iterator[Form | Row]:
+    """Of a text model: fewer terms, and numbers of fewer bits in the file. What does not apply says why."""
+    yield from _stored(bench, options, found, PARENT)
+    bases: list[str] = []
+    if "prune" in options.methods:
+        against = vocabulary.obstacle(bench.spec)
+        if against:
+            yield _not_tried("prune", against)
+        else:
+            for step in _fewer_terms(bench, options, found):
+                bases += [step.name] if _passed(step, options.budget) else []
+                yield step
+    # Two, because the test split may refuse the smallest.
+    for base in bases[-2:]:
+        yield from _stored(bench, options, found, base)
+    for method, reason in _NOT_FOR_TEXTS.items():
+        if method in options.methods and (method != "distil" or options.student is not None):
+            yield _not_tried(method, reason)
+
+
+def _stored(bench: Bench, options: Options, found: list[Form], base: str) -> Iterator[Form | Row]:
+    prefix = "" if base == PARENT else f"{base}+"
+    for method, bits in _STORED.items():
+        if method in options.methods:
+            yield _attempt(found, prefix + method, functools.partial(forms.stored, bench, prefix + method, base, bits))
+
+
+def _fewer_terms(bench: Bench, options: Options, found: list[Form]) -> Iterator[Form | Row]:
+    """As `_structured`; each from the parent, because nothing is trained in between."""
+    gone = 0.0
+    for total in _RATIOS:
+        step = _attempt(found, f"prune-{100 * total:g}", functools.partial(_terms_form, bench, total))
+        yield step
+        if not _passed(step, options.budget):
+            half = (gone + total) / 2
+            yield _attempt(found, f"prune-{100 * half:g}", functools.partial(_terms_form, bench, half))
+            return
+        gone = total
+
+
+def _terms_form(bench: Bench, share: float) -> Form:
+    return forms.fewer_terms(bench, f"prune-{100 * share:g}", share)
+
+
 def _lower_precisions(bench: Bench, options: Options, found: list[Form], base: str) -> Iterator[Form | Row]:
     """bf16, fp16 and int8 of a form; int8 with training when calibration alone loses too much."""
     prefix = "" if base == PARENT else f"{base}+"
@@ -326,6 +395,10 @@ def _lower_precisions(bench: Bench, options: Options, found: list[Form], base: s
     for method, rung in halves.items():
         if method in options.methods:
             yield _quantised(bench, found, prefix + method, base, rung)
+    if not cuda and "fp16" in options.methods:
+        yield from _stored(bench, dataclasses.replace(options, methods=("fp16",)), found, base)
+    if "int4" in options.methods and base == PARENT:
+        yield _not_tried("int4", "only the tables of text models are stored in it, and no engine here computes in it")
     if cuda:
         if "int8" in options.methods:
             yield _not_tried(f"{prefix}int8", "there is no int8 engine for a GPU")
@@ -434,7 +507,7 @@ def _has_sparse_cores(device: torch.device) -> bool:
 def _progress(form: Form, budget: float) -> str:
     found = form.validation
     verdict = "within" if _fits(form, budget) else "over"
-    return f"{form.name}: {found.loss:+.2f} points on {found.images} validation images, {verdict} the budget"
+    return f"{form.name}: {found.loss:+.2f} points on {found.images} validation samples, {verdict} the budget"
 
 
 # -------------------------------------------------------------------------------------------------------- the judgement
@@ -476,7 +549,8 @@ def _latencies(bench: Bench, found: list[Form]) -> dict[str, dict[int, Latency]]
     timed: dict[str, dict[int, Latency]] = {name: {} for name in names}
     for done, batch in enumerate(BATCHES):
         bench.report(Step("time", done, len(BATCHES), f"{len(names)} forms in turns, batch {batch}"))
-        rows = measure.latency(engines, bench.spec.architecture, batch=batch, threads=bench.threads)
+        batches = {name: forms.latency_inputs(bench, name, batch) for name in names}
+        rows = measure.latency(engines, batches, batch=batch, threads=bench.threads)
         for name, latency in rows.items():
             timed[name][batch] = latency
     plain = {name: {str(batch): dataclasses.asdict(one) for batch, one in rows.items()} for name, rows in timed.items()}

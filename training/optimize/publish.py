@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER, EngineSpec
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from training import files
 from training.export import CARD_FILE, METRICS_FILE, PROVENANCE_FILE, to_json
+from training.html_report import REPORT_FILE
 
 _CONFIG_FILE = "model-config.yaml"
 """An artifact may bring its own in place of the handler's."""
@@ -55,6 +57,9 @@ def with_engine(artifact: Path, engine: EngineSpec, built: Path, artifacts: Path
             PROVENANCE_FILE: to_json(origin),
             CARD_FILE: card,
         }
+        if (artifact / REPORT_FILE).is_file():
+            page = (artifact / REPORT_FILE).read_text(encoding="utf-8")
+            texts[REPORT_FILE] = _report(page, parent, engine)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
@@ -118,6 +123,17 @@ def _card(text: str, spec: ModelSpec, parent: ModelSpec, engine: EngineSpec) -> 
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _report(page: str, parent: ModelSpec, engine: EngineSpec) -> str:
+    """The parent's page, which is about the weights, with a sentence first on the engine (in place of an older one)."""
+    said = " ".join(line for line in _accuracy(engine) if line)
+    note = html.escape(
+        f"The figures on this page are those of the plain weights, as in version {parent.version}. Where it fits the"
+        f" machine, the engine {engine.rung} ({engine.precision}) answers in their place. {said}"
+    )
+    body = re.sub(r'<p class="warn" id="engine">.*?</p>\n', "", page, flags=re.DOTALL)
+    return body.replace("<main>\n", f'<main>\n<p class="warn" id="engine">{note}</p>\n', 1)
 
 
 def _accuracy(engine: EngineSpec) -> list[str]:

@@ -25,12 +25,14 @@ def test_raw_body() -> None:
 
 @pytest.mark.parametrize("field", ["data", "file"])
 def test_form(field: str) -> None:
-    assert payload.parse({field: bytearray(b"image"), "top_k": b"3"}, {}, LIMITS) == payload.Request((b"image",), 3)
+    assert payload.parse({field: bytearray(b"image"), "top_k": b"3"}, {}, LIMITS) == payload.Request(
+        (b"image",), 3, given=True
+    )
 
 
 def test_json_as_bytes_and_as_torchserve_parses_it() -> None:
     document = {"instances": [{"b64": B64}, {"b64": B64}], "top_k": 2}
-    expected = payload.Request((b"image", b"image"), 2)
+    expected = payload.Request((b"image", b"image"), 2, given=True)
     assert payload.parse(body(document), JSON, LIMITS) == expected
     assert payload.parse({"body": document}, JSON, LIMITS) == expected
 

@@ -83,7 +83,7 @@ class _Versions:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def predict(self, name: str, data: bytes, *, version: str, top_k: int) -> Answer:
+    def predict(self, name: str, data: bytes, *, version: str) -> Answer:
         self.asked.append((version, data))
         found = self.answers[version]
         found = found.get(data, "cat") if isinstance(found, dict) else found
@@ -191,3 +191,18 @@ def test_a_forgotten_folder_is_not_filled(tmp_path: Path, monkeypatch: pytest.Mo
     with shadow.asked_for(tmp_path, "m", "1.0") as folder:
         Recorder("m", "1.0", folder=tmp_path).offer([b"x"])
         assert list(folder.iterdir()) == []
+
+
+def _said(task: Any, *numbers: float, name: str = "m") -> Answer:
+    labels = tuple(Label(label=str(index), index=index, probability=one) for index, one in enumerate(numbers) if one)
+    return Answer(model=name, version="1.0", request_id="", predictions=(labels,), task=task)
+
+
+def test_labels_agree_when_the_same_ones_are_given_and_values_when_they_are_near() -> None:
+    one, other, none = _said("multi-label", 0.9, 0.4), _said("multi-label", 0.5, 0.8), _said("multi-label", 0.0, 0.0)
+    assert shadow.alike([(one, other), (one, none), (none, none)]) == 2
+    old = [_said("regression", value, 5.0) for value in (10.0, 20.0, 30.0)]  # a deviation of 8.16, and of 0
+    near = [_said("regression", value, 5.0) for value in (12.0, 18.0, 33.0)]
+    assert shadow.alike(list(zip(old, near, strict=True))) == 2
+    assert shadow.alike([(old[0], _said("regression", 10.0, 5.1))]) == 0
+    assert shadow.alike([(one, old[0])]) == 0, "another task"

@@ -71,6 +71,9 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         pytest.param(
             GOOD + '[hosts.a]\nssh = "-oProxyCommand=x"', "hosts.a.ssh: String should match", "", id="injection"
         ),
+        pytest.param(
+            GOOD.replace("models.digits", 'models."digits--tune"'), "names that end in --tune belong to", "", id="trial"
+        ),
         pytest.param(GOOD + "[", "Invalid", "correct the file", id="no toml"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from marina import serving, store
+from marina import serving, store, tune
 from marina.archive import Archive, sha256_of
 from marina.client import ModelStatus, WorkerStatus
 from marina.errors import StoreError
@@ -94,6 +94,12 @@ def test_the_server_wins_over_the_file() -> None:
     assert found.models["elsewhere"] == known.models["elsewhere"]
     assert serving.adopted(known, [_seen("1.0", 1, default=True)]).models["m"].previous is None
     assert serving.adopted(None, [_seen("1.0", 1, default=True)]).models["m"].default == "1.0"
+
+
+def test_a_trial_of_the_tuner_is_never_meant_to_stay() -> None:
+    assert serving.TRIAL_SUFFIX == tune.SUFFIX
+    trial = _seen("1.0", 1, default=True, name=f"m{tune.SUFFIX}")
+    assert set(serving.adopted(None, [_seen("1.0", 1, default=True), trial]).models) == {"m"}
 
 
 def test_a_start_takes_default_versions_and_workers_from_the_file(folder: Path) -> None:

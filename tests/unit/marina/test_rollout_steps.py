@@ -173,7 +173,7 @@ def test_a_failed_gate_reverts_and_says_which_and_by_how_much(
     rollout = _rollout(replicas, folder)
     with pytest.raises(GateFailed) as failed:
         rollout.deploy(deployable)
-    assert "m 3.0 failed the gate 'agreement' at shadow: 11 of 30 inputs got the old version's label" in str(
+    assert "m 3.0 failed the gate 'agreement' at shadow: 11 of 30 inputs got the old version's answer" in str(
         failed.value
     )
     assert "(36.7%), at least 80.0% must (reverted, m 2.0 is served as before)" in str(failed.value)
@@ -319,10 +319,24 @@ def test_bringing_a_model_to_a_state_loads_before_it_switches_and_retires_last(
     target = ModelServing(default="1.0", versions={"1.0": 2})
     _rollout(replicas, folder).bring("m", target)
     assert asked == [
-        "a register m:1.0 2", "a prove m:1.0", "a default m:1.0", "a retire m:2.0",
-        "b register m:1.0 2", "b prove m:1.0", "b default m:1.0", "b retire m:9.0", "b retire m:2.0",
+        "a register m:1.0 2", "a prove m:1.0", "a default m:1.0",
+        "b register m:1.0 2", "b prove m:1.0", "b default m:1.0",
+        "a retire m:2.0", "b retire m:2.0", "b retire m:9.0",
     ]  # fmt: skip
     assert serving.read(folder) == Serving(models={"m": target})
+
+
+def test_what_goes_is_not_expected_any_more(replicas: list[Listed], folder: Path, asked: list[str]) -> None:
+    class Seeing(Listed):
+        def retire(self, key: str) -> None:
+            assert serving.read(folder) == Serving(models={"m": target}), (
+                "or no replica would be ready until it is gone"
+            )
+            super().retire(key)
+
+    target = ModelServing(default="1.0", versions={"1.0": 2})
+    _rollout([Seeing("a", asked)], folder).bring("m", target)
+    assert asked[-1] == "a retire m:2.0"
 
 
 @pytest.mark.parametrize("fails", ["register", "prove", "default m:1.0"])

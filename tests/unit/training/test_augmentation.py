@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from training.augment import augment
+from training.augment import Draws, alternating, augment
 from training.config import Augment
 
 
@@ -53,6 +53,25 @@ def test_flip_mirrors_some_images_and_leaves_the_others() -> None:
     mirrored = torch.tensor([torch.equal(a, b.flip(-1)) for a, b in zip(out, x_BCHW, strict=True)])
     assert bool((kept ^ mirrored).all())
     assert 16 < int(mirrored.sum()) < 48
+
+
+def test_alternating_mirrors_every_image_in_every_second_epoch() -> None:
+    rows = torch.tensor([5, 0, 63, 17])
+    epochs = [alternating(rows, 64, seed=3, epoch=epoch) for epoch in range(4)]
+    assert all(torch.equal(epochs[epoch], ~epochs[epoch + 1]) for epoch in range(3))
+    whole = alternating(torch.arange(64), 64, seed=3, epoch=0)
+    assert torch.equal(whole[rows], epochs[0])
+    assert 16 < int(whole.sum()) < 48
+    assert not torch.equal(whole, alternating(torch.arange(64), 64, seed=4, epoch=0))
+
+
+def test_a_batch_is_mirrored_as_told() -> None:
+    x_BCHW = batch(4)
+    mirrored = torch.tensor([True, False, False, True])
+    draws = Draws(Generator().manual_seed(0), 4, slice(None), mirrored)
+    out = augment(x_BCHW, Augment(flip="alternating"), draws)
+    assert torch.equal(out[mirrored], x_BCHW[mirrored].flip(-1))
+    assert torch.equal(out[~mirrored], x_BCHW[~mirrored])
 
 
 def test_shift_moves_whole_pixels_and_repeats_the_edge() -> None:

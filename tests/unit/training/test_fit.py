@@ -65,7 +65,15 @@ def fit_digits(few_digits: Dataset, tmp_path: Path) -> FitDigits:
 
 
 PLAIN = ["model.dropout=0", "augment.shift=0", "augment.rotation=0", "augment.scale=0"]
-RATES = {"gradient_descent": 0.5, "sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 3e-4, "adagrad": 1e-2}
+RATES = {
+    "gradient_descent": 0.5,
+    "sgd": 0.1,
+    "muon": 0.05,
+    "adam": 1e-3,
+    "adamw": 1e-3,
+    "rmsprop": 3e-4,
+    "adagrad": 1e-2,
+}
 
 
 def learns(history: tuple[dict[str, float], ...]) -> bool:

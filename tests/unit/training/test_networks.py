@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,11 @@ from torch.nn import functional as F
 
 from handlerlib import imaging
 from training import data, networks
-from training.config import Recipe, load_recipe
+from training.config import Recipe, changed, load_recipe
 from training.data import Dataset
 from training.errors import RecipeError
 from training.progress import silent
+from training.train import fit, reproducible
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +70,16 @@ def test_a_network_without_room_for_whitening(name: str, found: str, dataset: Da
     with pytest.raises(RecipeError, match=found) as caught:
         networks.start(dataset, recipe.model_copy(update={"model": model}), report=silent)
     assert "model.whiten=false" in caught.value.remedy
+
+
+def test_the_recipe_moves_all_weights_but_the_whitening_and_the_scales_of_norms(
+    dataset: Dataset, recipe: Recipe, tmp_path: Path
+) -> None:
+    short = changed(recipe, {"train.stages": [{"image_size": 24}, {}], "train.epochs": 2}, where="test")
+    with reproducible(1):
+        start = networks.start(dataset, short, report=silent).state_dict()
+        fitted = fit(dataset, short, tmp_path, report=silent)
+    same = {key for key, value in fitted.weights.items() if torch.equal(value, start[key])}
+    scales = {f"{group}.{place}.weight" for group in (2, 3, 4) for place in (2, 5)}
+    assert same == {"0.weight", "0.bias"} | scales
+    assert all(np.isfinite(line["train_loss"]) for line in fitted.history)

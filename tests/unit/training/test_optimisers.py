@@ -84,6 +84,95 @@ def test_accumulated_batches_equal_one_large_batch(run: Run) -> None:
     assert difference(large, run("train.batch_size=16", place="other")) > 1e-3
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (1, 5)])
+def test_orthogonalised_keeps_the_directions_and_evens_their_strengths(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    between = left.T @ optimisers.orthogonalised(matrix) @ right.T
+    torch.testing.assert_close(between, between.diagonal().diag(), rtol=0, atol=1e-5)
+    assert float(between.diagonal().min()) > 0.6
+    assert float(between.diagonal().max()) < 1.3
+    torch.testing.assert_close(optimisers.orthogonalised(7 * matrix), optimisers.orthogonalised(matrix))
+
+
+def small_network() -> nn.Sequential:
+    """A hidden convolution, a norm and a head, with gradients."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return network
+
+
+def test_muon_turns_hidden_weights_and_leaves_the_rest_to_sgd() -> None:
+    """Two steps, written out with v for the momentum."""
+    network = small_network()
+    train = settings(optimizer="muon", learning_rate=0.1, momentum=0.5, weight_decay=0, rates={"head": 4})
+    optimizer = optimisers.optimizer(network, train)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group[optimisers.FACTOR]
+    expected = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+    speeds = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for _ in range(2):
+        optimizer.step()
+        for name, gradient in gradients.items():
+            speeds[name] = 0.5 * speeds[name] + gradient
+            change = gradient + 0.5 * speeds[name]
+            if name == "0.weight":
+                expected[name] *= 2 / expected[name].norm()
+                change = optimisers.orthogonalised(change.flatten(1)).view_as(change)
+            expected[name] = expected[name] - (0.4 if name == "3.weight" else 0.1) * change
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name])
+
+
+def one_update(network: nn.Module, **values: object) -> dict[str, Tensor]:
+    """What one update of SGD without momentum takes off each weight."""
+    train = settings(optimizer="sgd", learning_rate=0.1, momentum=0, **values)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    optimizer = optimisers.optimizer(network, train)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group[optimisers.FACTOR]
+    optimizer.step()
+    return {name: before[name] - parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def test_rates_scale_the_step_of_each_kind_of_weight() -> None:
+    network = small_network()
+    taken = one_update(network, weight_decay=0, rates={"head": 2, "bias": 30, "norm": 0})
+    factors = {"0.weight": 1, "0.bias": 30, "1.weight": 0, "1.bias": 30, "3.weight": 2, "3.bias": 30}
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(taken[name], 0.1 * factors[name] * parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_rates_leave_decay_alone_and_biases_decay_when_asked(biases: bool) -> None:
+    network = small_network()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    taken = one_update(network, weight_decay=0.5, decay_biases=biases, rates={"head": 2, "bias": 30, "norm": 0})
+    amounts = {name: float(value.mean()) for name, value in taken.items()}
+    bias = 0.05 if biases else 0.0
+    expected = {"0.weight": 0.05, "0.bias": bias, "1.weight": 0.0, "1.bias": bias, "3.weight": 0.05, "3.bias": bias}
+    assert amounts == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_learner_applies_the_factors_to_the_schedules_rate(dataset: Dataset) -> None:
+    recipe = recipe_of("train.rates.bias=8", "train.rates.head=3")
+    pupil = learner.start(dataset, recipe, silent)
+    pupil.update(0.02)
+    assert sorted(group["lr"] for group in pupil.optimizer.param_groups) == pytest.approx([0.02, 0.06, 0.16])
+
+
+def test_a_rate_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"train\.rates.*'head', 'bias' or 'norm'"):
+        recipe_of("train.rates.norms=0")
+
+
 def test_l1_and_l2_add_their_gradients_to_weights_but_not_to_biases() -> None:
     network = nn.Linear(2, 1)
     with torch.no_grad():
@@ -169,8 +258,9 @@ def test_with_an_average_its_weights_are_judged_and_kept(dataset: Dataset, run: 
         ("train.optimizer=rmsprop", "train.learning_rate=0.001", "train.schedule=plateau"),
         ("train.optimizer=adagrad", "train.learning_rate=0.01", "train.schedule=step", "train.warmup=0.5"),
         ("train.precision=bf16", "train.channels_last=true", "model.architecture=tiny_cnn"),
+        ("train.optimizer=muon", "train.rates={bias=3, norm=0}", "train.momentum=0.6", "augment.flip=alternating"),
     ],
-    ids=["accumulated", "full-batch", "average", "rmsprop", "adagrad", "bf16"],
+    ids=["accumulated", "full-batch", "average", "rmsprop", "adagrad", "bf16", "muon"],
 )
 def test_stopped_anywhere_and_resumed_gives_the_same_bits(overrides: tuple[str, ...], run: Run) -> None:
     whole = run(*overrides, place="whole")

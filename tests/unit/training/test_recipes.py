@@ -19,9 +19,12 @@ def test_every_recipe_that_comes_along_is_valid_and_named_after_its_file(name: s
 def test_the_known_recipes() -> None:
     assert recipe_names() == (
         "agnews",
+        "agnews_cnn",
         "cifar10",
         "cifar10_long",
         "cifar10_resnet18",
+        "digit_pairs",
+        "digit_sums",
         "digits",
         "fashion_mnist",
         "folder",
@@ -107,7 +110,7 @@ def test_the_last_override_wins() -> None:
         ("augment.zzz=1", r"unknown key 'augment\.zzz'; known here: shift, flip"),
         ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1 \(got 0\)"),
         ("train.epochs=many", r"train\.epochs: .*integer"),
-        ("train.optimizer=adma", r"train\.optimizer: .*'sgd', 'adam', 'adamw'"),
+        ("train.optimizer=adma", r"train\.optimizer: .*'sgd', .*'adamw'"),
         ("train.learning_rate=nan", r"train\.learning_rate: .*finite"),
         ("data.image_size=big", r"data\.image_size: .*auto"),
         ("data.root=photos", r"data\.root: the digits come with scikit-learn"),

@@ -26,6 +26,12 @@ def test_constant_stays() -> None:
     assert set(rates("constant")) == {0.1}
 
 
+def test_linear_falls_in_a_line_to_nothing() -> None:
+    line = rates("linear")
+    assert line == pytest.approx([0.1 * (1 - update / 100) for update in range(100)])
+    assert rates("linear", warmup=20)[20:] == pytest.approx([0.1 * (1 - update / 80) for update in range(80)])
+
+
 def test_cosine_falls_to_nothing() -> None:
     cosine = rates("cosine")
     assert cosine == sorted(cosine, reverse=True)
@@ -68,7 +74,7 @@ def test_plateau_falls_once_the_monitor_has_not_improved_for_longer_than_its_pat
 
 
 @pytest.mark.parametrize(
-    "schedule", ["constant", "step", "inverse_time", "exponential", "cosine", "one_cycle", "plateau"]
+    "schedule", ["constant", "linear", "step", "inverse_time", "exponential", "cosine", "one_cycle", "plateau"]
 )
 def test_a_warm_up_rises_in_a_line_to_the_first_rate_of_any_schedule(schedule: str) -> None:
     warm = rates(schedule, warmup=20)

@@ -142,6 +142,16 @@ def test_mistakes_in_a_file(tmp_path: Path, lines: list[str], message: str) -> N
     refuse(texts.recipe(csv(tmp_path, *lines)), message)
 
 
+def test_mistakes_in_class_folders(tmp_path: Path) -> None:
+    refuse(folders(tmp_path, cats=4), "only one class, 'cats'")
+    recipe = folders(tmp_path, dogs=8)
+    (tmp_path / "texts" / "dogs" / "empty.txt").write_bytes(b"")
+    (tmp_path / "texts" / "dogs" / "marks.txt").write_text("<p>...</p>")
+    refuse(recipe, r"nothing is left of 2 texts .*dogs/empty\.txt")
+    (tmp_path / "texts" / "birds").mkdir()
+    refuse(recipe, "birds")
+
+
 def test_empty_texts_may_be_left_out(tmp_path: Path) -> None:
     dataset = prepare(texts.recipe(csv(tmp_path, "label,text", *rows(20), "a,..."), "data.empty=leave_out"))
     assert [skipped.reason for skipped in dataset.notes.unreadable] == ["empty after normalisation"]
@@ -177,8 +187,8 @@ def test_no_root_a_missing_one_and_an_unknown_encoding(tmp_path: Path) -> None:
         ("text.stopwords=english", r"unknown key 'text\.stopwords', did you mean 'text\.stop_words'"),
         ("data.text_column=x", r"unknown key 'data\.text_column', did you mean 'data\.text_columns'"),
         ("text.word_ngrams=[2,1]", r"word_ngrams must be ascending"),
-        ("model.architecture=resnet18", "model.naive_bayes needs"),
-        ("model.architecture=text_cnn", "model.naive_bayes needs"),
+        ("model.width=64", "model.naive_bayes needs"),
+        ("model.architecture=text_cnn", "model.width: text_cnn needs at least 1"),
         ("data.train_rows=0", "go together"),
         ("data.source=texts", r"data\.root|data\.class_names|not for the source 'texts'"),
     ],
