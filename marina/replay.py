@@ -71,7 +71,7 @@ def replay(service: Any, model_dir: Path, batch_size: int) -> dict[str, Any]:
     thresholds: each sample again, without a number of labels."""
     spec = json.loads((model_dir / "model_spec.json").read_text(encoding="utf-8"))
     samples = [(model_dir / sample["file"]).read_bytes() for sample in spec["golden"]["samples"]]
-    classes = len(spec["labels"])
+    classes = min(len(spec["labels"]), spec["limits"]["max_top_k"])
     kind = "text/plain" if spec.get("text") else "application/octet-stream"
     alone = [answer(service, [sample], classes, kind)[0] for sample in samples]
     unasked = [answer(service, [sample], None, kind)[0] for sample in samples] if "thresholds" in spec else []

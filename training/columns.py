@@ -11,6 +11,7 @@ from handlerlib.spec import Task
 from training import truth
 from training.config import Data
 from training.errors import DataError
+from training.sources import natural
 
 Reader = Callable[[Sequence[str], str], str]
 """A row's values and where it stands, for messages -> the label, or the text of `training.truth`. Raises DataError."""
@@ -75,7 +76,7 @@ def _separated(text: str, separator: str, where: str) -> str:
         )
     if len(set(labels)) < len(labels):
         raise DataError(f"{where}: a label twice in {text.strip()[:40]!r}", remedy="name each label once")
-    return truth.of_labels(labels, sorted(labels))
+    return truth.of_labels(labels, sorted(labels, key=natural))
 
 
 def _label(value: str, where: str, data: Data) -> str:

@@ -507,6 +507,9 @@ class Recipe(_Section):
             raise ValueError(
                 "data.label_columns: give the labels' columns, or label_separator where one column holds all; not both"
             )
+        for key, columns in (("label_columns", data.label_columns), ("target_columns", data.target_columns)):
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"data.{key}: a column is named twice")
         if self.task == "regression":
             self._check_targets()
 

@@ -28,7 +28,7 @@ from handlerlib.errors import RequestError
 from handlerlib.spec import Preprocess, Scaling, TextPreprocess
 from handlerlib.text import stack
 from training import truth
-from training.config import Recipe
+from training.config import TABLES, TEXT_SOURCES, Recipe, Source
 from training.errors import DataError
 from training.progress import Report, Step
 from training.sources import Entry, Skipped, Split, listing
@@ -456,7 +456,7 @@ def check_classes(images: Sequence[Found], classes: Sequence[str], skipped: Sequ
         truth.check([one.entry.label for one in images], classes, recipe)
         return
     root = recipe.data.root or recipe.data.source
-    thing, folders = recipe.thing, recipe.data.source != "csv"
+    thing, folders = recipe.thing, recipe.data.source not in TABLES
     left_out = f"; {len(skipped)} files were left out: {some(f'{s.name} ({s.reason})' for s in skipped)}"
     if not images:
         raise DataError(
@@ -472,7 +472,7 @@ def check_classes(images: Sequence[Found], classes: Sequence[str], skipped: Sequ
         )
     for split in ("train", "test"):
         if any(one.entry.given == split for one in images):
-            _check_same_classes(images, classes, split, root, thing)
+            _check_same_classes(images, classes, split, root, recipe.data.source)
     counts = Counter(one.entry.label for one in images if one.entry.given in (None, "train"))
     for label in classes:
         if counts[label] < 2:
@@ -485,20 +485,20 @@ def check_classes(images: Sequence[Found], classes: Sequence[str], skipped: Sequ
             )
 
 
-def _check_same_classes(
-    images: Sequence[Found], classes: Sequence[str], split: str, root: str, thing: str = "image"
-) -> None:
+def _check_same_classes(images: Sequence[Found], classes: Sequence[str], split: str, root: str, source: Source) -> None:
     present = {one.entry.label for one in images if one.entry.given == split}
-    missing = [label for label in classes if label not in present]
-    if missing:
+    missing = ", ".join(repr(label) for label in classes if label not in present)
+    if not missing:
+        return
+    if source in TABLES or source in TEXT_SOURCES:
         raise DataError(
-            f"{root}: {split}/ has no {thing}s of {', '.join(repr(label) for label in missing)}, other folders do"
-            if thing == "image"
-            else f"{root}: the {split} split has no texts of {', '.join(repr(label) for label in missing)}, others do",
-            remedy="train/ and test/ need the same class folders, spelt alike"
-            if thing == "image"
-            else "training and test texts need the same classes, spelt alike",
+            f"{root}: the {split} split has none of {missing}, others do",
+            remedy="training and test data need the same classes, spelt alike",
         )
+    raise DataError(
+        f"{root}: {split}/ has no images of {missing}, other folders do",
+        remedy="train/ and test/ need the same class folders, spelt alike",
+    )
 
 
 def check_splits(

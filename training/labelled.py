@@ -41,6 +41,13 @@ def labelled(path: Path, artifact: Path | None) -> Questions:
 def _of_csv(path: Path, recorded: dict[str, Any], task: Task) -> Questions:
     if not path.is_file():
         raise DataError(f"{path} does not exist", remedy="give a .csv file or a folder with one folder per class")
+    if task != "multi-class" and not any(
+        recorded.get(key) for key in ("label_columns", "label_separator", "target_columns")
+    ):
+        raise DataError(
+            f"{path}: the model's own data is no table, so that its columns are not known",
+            remedy="evaluate its test split, without --data",
+        )
     columns = {key: value for key, value in recorded.items() if key not in _OWN}
     data = Data.model_validate(columns | {"source": recorded.get("source", "csv"), "root": str(path)})
     try:

@@ -65,5 +65,7 @@ def measure(
 
 
 def _r2(true_N: Numbers, error_N: Numbers) -> float | None:
+    if true_N.min() == true_N.max():  # rounding would leave a little of a spread
+        return None
     spread = float(np.square(true_N - true_N.mean()).sum())
-    return None if spread == 0 else 1 - float(np.square(error_N).sum()) / spread
+    return 1 - float(np.square(error_N).sum()) / spread

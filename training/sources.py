@@ -92,7 +92,7 @@ def natural(name: str) -> tuple[object, ...]:
     """Sort key by which `img2` comes before `img10`."""
     # split() with a group puts texts at even and numbers at odd places, so that like is compared with like.
     parts = re.split(r"([0-9]+)", name)
-    return (*(int(part) if index % 2 else part for index, part in enumerate(parts)), name)
+    return (tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name)
 
 
 # ---------------------------------------------------------------------------------------------- folders and zip files

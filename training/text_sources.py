@@ -148,7 +148,7 @@ def _entries(path: Path, split: Split | None, data: Data, task: Task) -> Iterato
 
 
 def _image(folder: Path, name: str, where: str, first: bool) -> Callable[[], bytes]:
-    if not name or not (folder / name).is_file():
+    if not name or not _is_file(folder / name):
         raise DataError(
             f"{where}: there is no image '{name[:200]}' in {folder}" if name else f"{where}: no image is named",
             remedy="paths are relative to the folder of the file with the table; data.path_column names their column",
@@ -156,6 +156,13 @@ def _image(folder: Path, name: str, where: str, first: bool) -> Callable[[], byt
     if not first:
         raise DataError(f"{where}: the image '{name}' has a row already", remedy="give each image one row")
     return (folder / name).read_bytes
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a name may be
+        return False
 
 
 def _rows(path: Path, data: Data) -> Iterator[_Row]:

@@ -19,6 +19,9 @@ from training.config import Recipe
 from training.errors import DataError
 from training.sources import Split
 
+_LEAST_SCALE, _LARGEST = 1e-30, 1e30
+"""Well within float32, in which a network computes and a worker answers."""
+
 
 def of_labels(labels: Collection[str], classes: Sequence[str]) -> str:
     """Some labels of `classes` -> the text that stands for them, the same in whatever order they come."""
@@ -69,10 +72,15 @@ def learned(
 def _scaling(name: str, values_N: Tensor) -> Scaling:
     mean, scale = float(values_N.mean()), float(values_N.std(correction=0))
     # Rounding leaves a little of a constant's deviation.
-    if not scale > 1e-12 * max(1.0, abs(mean)):
+    if not scale > 1e-12 * abs(mean):
         raise DataError(
             f"the target '{name}' is {mean:g} in all training rows: there is nothing to learn",
             remedy="leave it out of data.target_columns",
+        )
+    if not (_LEAST_SCALE < scale < _LARGEST and abs(mean) < _LARGEST):
+        raise DataError(
+            f"the target '{name}' has values of {mean:g} +- {scale:g}, beyond what float32 holds",
+            remedy="give it in another unit",
         )
     return Scaling(mean=float(f"{mean:.9g}"), scale=float(f"{scale:.9g}"))
 
@@ -127,6 +135,6 @@ def check_splits(
 def is_number(text: str) -> bool:
     """Whether a column's text is a finite number."""
     try:
-        return math.isfinite(float(text))
+        return "_" not in text and math.isfinite(float(text))
     except ValueError:
         return False

@@ -25,6 +25,8 @@ SCALE = ":scale"
 SHAPE = ":shape"
 _HALF = (torch.float16, torch.bfloat16)
 _OFFSET = 8
+_MOST_AXES = 8
+_AGAIN = "export and pack the model again"
 
 
 def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in tensors:
         whole = name.removesuffix(SCALE).removesuffix(SHAPE)
         if whole not in tensors:
-            raise SpecError(f"the weights hold '{name}' but no '{whole}'", remedy="export and pack the model again")
+            raise SpecError(f"the weights hold '{name}' but no '{whole}'", remedy=_AGAIN)
     names = [name for name in tensors if not name.endswith((SCALE, SHAPE))]
     return {name: _widened(name, tensors) for name in names}
 
@@ -43,22 +45,25 @@ def _widened(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         return value.float() if value.dtype in _HALF else value
     if shape is not None:
         value = _unpacked(name, value, shape)
+    elif value.dtype != torch.int8:
+        raise SpecError(f"the weights '{name}' have a scale and are {value.dtype}, not int8", remedy=_AGAIN)
     fits = scale is not None and scale.is_floating_point() and scale.ndim == value.ndim
     if scale is None or not fits or any(a not in (1, b) for a, b in zip(scale.shape, value.shape, strict=True)):
         found = "none" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
         raise SpecError(
             f"the scale of the weights '{name}' {tuple(value.shape)} does not fit: {found}",
-            remedy="export and pack the model again",
+            remedy=_AGAIN,
         )
     return value.float() * scale.float()
 
 
 def _unpacked(name: str, value: Tensor, shape: Tensor) -> Tensor:
-    sizes = [int(one) for one in shape.flatten().tolist()]
-    if value.dtype != torch.uint8 or any(one < 0 for one in sizes) or value.numel() != -(-math.prod(sizes) // 2):
+    fits = shape.dtype == torch.int64 and shape.ndim == 1 and 1 <= shape.numel() <= _MOST_AXES
+    sizes = [int(one) for one in shape.tolist()] if fits else []
+    if not fits or value.dtype != torch.uint8 or min(sizes) < 1 or value.numel() != -(-math.prod(sizes) // 2):
         raise SpecError(
             f"the weights '{name}' do not hold the 4-bit integers of a tensor {tuple(sizes)}",
-            remedy="export and pack the model again",
+            remedy=_AGAIN,
         )
     pairs = torch.stack((value.flatten() & 15, value.flatten() >> 4), dim=1)
     return (pairs.flatten()[: math.prod(sizes)].to(torch.int8) - _OFFSET).view(sizes)

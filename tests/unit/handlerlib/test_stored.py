@@ -77,6 +77,10 @@ def test_numbers_beyond_the_range_of_float16_stay_float32() -> None:
         ({"table:scale": None}, r"the scale of the weights 'table' \(3, 2\) does not fit: none"),
         ({"table:scale": torch.ones(2, 1)}, r"does not fit: torch.float32 \(2, 1\)"),
         ({"table:scale": torch.ones(3, 1, dtype=torch.int64)}, "does not fit: torch.int64"),
+        ({"table:shape": None}, "have a scale and are torch.uint8, not int8"),
+        ({"table:shape": torch.tensor([3.0, 2.0])}, "do not hold the 4-bit integers"),
+        ({"table:shape": torch.tensor([0, 2**62, 2**62])}, "do not hold the 4-bit integers"),
+        ({"table:shape": torch.full((1_000_000,), 2**62)}, "do not hold the 4-bit integers"),
         ({"table:shape": torch.tensor([9, 9])}, r"do not hold the 4-bit integers of a tensor \(9, 9\)"),
     ],
 )

@@ -181,6 +181,23 @@ def test_a_target_that_never_changes_is_refused() -> None:
         truth.learned(texts, ("a",), "regression", train=[0, 1])
 
 
+def test_targets_of_any_unit_that_float32_holds() -> None:
+    picofarads = [truth.of_values([value * 1e-12]) for value in (1.0, 3.0)]
+    targets, _ = truth.learned(picofarads, ("a",), "regression", train=[0, 1])
+    torch.testing.assert_close(targets, torch.tensor([[-1.0], [1.0]]))
+    for unit in (1e-40, 1e200):
+        texts = [truth.of_values([value * unit]) for value in (1.0, 3.0)]
+        with pytest.raises(DataError, match="beyond what float32 holds"):
+            truth.learned(texts, ("a",), "regression", train=[0, 1])
+
+
+def test_figures_of_a_target_that_never_changes() -> None:
+    """0.1 three times has a deviation of 1e-17: not nothing."""
+    one = (Scaling(mean=0, scale=1),)
+    metrics, rows = regression.measure(("a",), one, np.full((3, 1), 0.1), np.full((3, 1), 0.2))
+    assert rows[0].r2 is None and "test_r2" not in metrics
+
+
 def test_the_shown_pairs_hold_no_digit_of_another_split() -> None:
     labelled = sources.listing(load_recipe("digit_pairs").data, "multi-label")
     summed = sources.listing(load_recipe("digit_sums").data, "regression")
@@ -241,6 +258,15 @@ def test_the_same_labels_in_two_columns_and_in_one(tmp_path: Path, digit_images:
     assert one.digest == two.digest
 
 
+def test_labels_with_numbers_in_them(tmp_path: Path, digit_images: dict[str, list[bytes]]) -> None:
+    """In one order everywhere, also where one label is the beginning of another."""
+    rows = [f"{n},{'tag10; tag2' if n % 2 else 'tag'}" for n in range(12)]
+    found = survey(table(tmp_path, digit_images["5"][:12], "label", *rows), "multi-label", JOINED)
+    assert found.classes == ("tag", "tag2", "tag10")
+    texts = {one.entry.label for one in found.found}
+    assert texts == {truth.of_labels(labels, found.classes) for labels in (["tag"], ["tag10", "tag2"])}
+
+
 @pytest.mark.parametrize(
     ("task", "override", "header", "rows", "message"),
     [
@@ -256,6 +282,8 @@ def test_the_same_labels_in_two_columns_and_in_one(tmp_path: Path, digit_images:
         ("multi-label", FLAGS, "a,b", GOOD[1:3], r"has 2 readable images, three are the least"),
         ("regression", NUMBER, "y", ["0,1", "1,2", "2,much"], r"line 4: the target 'y' is 'much', not a finite number"),
         ("regression", NUMBER, "y", ["0,1", "1,nan"], r"line 3: the target 'y' is 'nan', not a finite number"),
+        ("regression", NUMBER, "y", ["0,1", "1,1_000"], r"line 3: the target 'y' is '1_000', not a finite number"),
+        ("regression", NUMBER, "y", ["0,1", f"{'x' * 300},1"], r"line 3: there is no image 'images/x+"),
         ("regression", NUMBER, "y", ["0,1", "1,inf"], r"line 3: the target 'y' is 'inf', not a finite number"),
         ("regression", NUMBER, "y", ["0,1", "1,"], r"line 3: the target 'y' is empty"),
         ("regression", NUMBER, "y", [f"{n},7" for n in range(12)], r"the target 'y' is 7 in all training rows"),
@@ -294,6 +322,7 @@ def test_a_missing_table(tmp_path: Path) -> None:
         (["data.source=digits"], "reads a table, csv"),
         (["data.source=image_csv"], "give the labels' columns, or label_separator"),
         (["data.source=image_csv", FLAGS, JOINED], "not both"),
+        (["data.source=image_csv", "data.label_columns=['a', 'a']"], "data.label_columns: a column is named twice"),
         (["data.source=image_csv", "task=regression"], "name the columns with the numbers"),
         (["data.label_columns=['a']"], "data.label_columns is not for the source 'digit_pairs'"),
         (["task=regression", "train.class_weights=balanced"], "train.class_weights is not for the task 'regression'"),
