@@ -18,6 +18,7 @@ whoever kills the one kills the other.
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -31,6 +32,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,7 @@ from typing import Any, NoReturn
 
 from marina.worker_start import handlers, import_gently
 
-SOCKET_VARIABLE = "MARINA_FORK_SERVER"
+SOCKET_VARIABLE = "MARINA_FORK_SOCKET"
 """Name of the environment variable that holds the socket's path."""
 
 MESSAGE_BYTES = 192 * 1024
@@ -102,8 +104,9 @@ class ForkServer:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self.listener:
-                    connection, _ = self.listener.accept()
-                    self._selector.register(connection, selectors.EVENT_READ)
+                    with contextlib.suppress(OSError):  # no descriptor is left, or nobody is there any more
+                        connection, _ = self.listener.accept()
+                        self._selector.register(connection, selectors.EVENT_READ)
                 elif isinstance(key.fileobj, socket.socket):
                     self._selector.unregister(key.fileobj)
                     self._serve(key.fileobj)
@@ -112,6 +115,7 @@ class ForkServer:
 
     def _serve(self, connection: socket.socket) -> None:
         streams: list[int] = []
+        pid = 0
         try:
             asked = _receive(connection, streams)
             if asked is None:
@@ -129,7 +133,10 @@ class ForkServer:
             self._workers[watched] = (pid, connection)
             self._selector.register(watched, selectors.EVENT_READ)
             _send(connection, {"pid": pid})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
             _send(connection, {"refused": f"{type(error).__name__}: {error}"})
             connection.close()
         finally:
@@ -144,16 +151,23 @@ class ForkServer:
         _send(connection, {"status": status})
         connection.close()
 
+    def _leave(self, own: socket.socket) -> None:
+        """Close, in a new worker, what belongs to the fork server."""
+        for key in [*self._selector.get_map().values()]:
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+        self._selector.close()
+        for watched, (_, other) in self._workers.items():
+            os.close(watched)
+            if other is not own:
+                other.close()
+
     def _become(self, asked: Asked, connection: socket.socket) -> NoReturn:
         """In the new process: be what TorchServe would have started. Does not return."""
         code = 1
         try:
             _die_with(connection)
-            self._selector.close()
-            self.listener.close()
-            for watched, (_, other) in self._workers.items():
-                os.close(watched)
-                other.close()
+            self._leave(connection)
             for number, stream in enumerate(asked.streams):
                 os.dup2(stream, number)
             for stream in asked.streams:
@@ -166,6 +180,10 @@ class ForkServer:
             sys.excepthook(*sys.exc_info())
         finally:
             with contextlib.suppress(BaseException):
+                # As the end of an interpreter: os._exit leaves both out.
+                threading._shutdown()  # type: ignore[attr-defined]
+                atexit._run_exitfuncs()
+            with contextlib.suppress(BaseException):
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
@@ -174,12 +192,14 @@ class ForkServer:
 def command(path: Path) -> list[str]:
     """How it is started, listening at `path`. The last argument has no meaning: it is where `_show_as` writes to."""
     start = "import sys; from marina.fork_server import main; main(sys.argv[1])"
-    return [sys.executable, "-I", "-u", "-c", start, str(path), "-" * _FORK_ROOM]
+    return [sys.executable, "-P", "-s", "-u", "-c", start, str(path), "-" * _FORK_ROOM]
 
 
 def main(path: str, modules: Sequence[str] = PRELOADED) -> NoReturn:
     """Listen at `path`, import `modules`, and fork workers until java ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != os.getsid(0):  # java, whose session this is, has ended already
+        sys.exit(1)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
     listener.listen(64)
@@ -272,7 +292,10 @@ def _run(asked: Asked, path: Sequence[str]) -> int:
     except SystemExit as end:
         if end.code is None:
             return 0
-        return end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, int):
+            return end.code
+        sys.stderr.write(f"{end.code}\n")
+        return 1
     return 0
 
 

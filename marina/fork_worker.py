@@ -27,7 +27,7 @@ _PATIENCE_SECONDS = 60.0
 
 def program() -> Path | None:
     """Where the command is: beside the interpreter, or beside `marina`; None where it is not, or on another system."""
-    for folder in (Path(sys.executable).parent, Path(sys.argv[0]).parent):
+    for folder in (Path(sys.executable).parent, Path(sys.argv[0]).absolute().parent):
         if sys.platform == "linux" and os.access(folder / _COMMAND, os.X_OK):
             return folder / _COMMAND
     return None

@@ -391,7 +391,7 @@ class Server:
         if self._forking is not None:
             environment[fork_server.SOCKET_VARIABLE] = str(self.folder / _FORK_SOCKET)
             hidden = re.compile(base.entries.get("blacklist_env_vars", "(?!)"))
-            self._hidden = [name for name in environment if hidden.search(name)]
+            self._hidden = [name for name in environment if hidden.fullmatch(name)]
         return command, environment
 
     def _patched_jars(self, folder: Path) -> list[Path]:

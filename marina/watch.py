@@ -121,8 +121,9 @@ class State:
 
     @property
     def stuck(self) -> bool:
-        """Whether requests wait for a version of which no worker can answer."""
-        return any(item.required > 0 and item.ready == 0 for item in self.versions)
+        """Whether no worker of any version can answer: where one can, its answers must not be cut off."""
+        needed = [item for item in self.versions if item.required > 0]
+        return bool(needed) and all(item.ready == 0 for item in needed)
 
     @property
     def pending(self) -> int:
@@ -384,9 +385,15 @@ def _routes(
         alive = supervised.alive()
         return _json(200 if alive else 503, {"alive": alive})
 
+    counted = False
+
     def readyz(headers: Message) -> _Reply:
+        nonlocal counted
         missing = supervised.not_ready()
-        return _json(_readiness(supervised, headers, missing), {"ready": not missing, "missing": missing})
+        status = _readiness(supervised, headers, missing, counted=counted)
+        if UP_HEADER in headers:
+            counted = status == 200
+        return _json(status, {"ready": not missing, "missing": missing})
 
     def metrics(_: Message) -> _Reply:
         return _Reply(200, CONTENT_TYPE_LATEST, generate_latest(registry))
@@ -411,14 +418,15 @@ def _routes(
     }
 
 
-def _readiness(supervised: Supervised, headers: Message, missing: Sequence[str]) -> int:
-    """503 when not ready. The gateway says how many replicas it sees up, this one included; it gets 404 for "nothing new,
-    but leave what is there", and 503 when what is there waits in vain and another replica can be asked.
+def _readiness(supervised: Supervised, headers: Message, missing: Sequence[str], *, counted: bool) -> int:
+    """503 when not ready. The gateway says how many replicas it sees up, this one included if it was told 200 last
+    (`counted`); it gets 404 for "nothing new, but leave what is there", and 503 when what is there waits in vain and another
+    replica can be asked.
     """
     if not missing:
         return 200
     up = headers.get(UP_HEADER, "")
-    if not up.isdecimal() or (supervised.stuck() and int(up) > 1):
+    if not up.isdecimal() or (supervised.stuck() and int(up) > counted):
         return 503
     return 404
 

@@ -36,8 +36,14 @@ def import_gently(names: Sequence[str]) -> None:
 
 
 def handlers(folders: Sequence[str]) -> Iterator[str]:
-    """The handler's module of each unpacked archive among these folders."""
+    """The handler's module of each unpacked archive of ours among these folders.
+
+    Other people's may set at import what holds for one thread only (`torch.set_grad_enabled`, `torch.cuda.set_device`), or
+    start threads, which would keep the low priority.
+    """
     for folder in folders:
+        if not Path(folder, "handlerlib").is_dir():
+            continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads(Path(folder, "MAR-INF", "MANIFEST.json").read_text(encoding="utf-8"))
             yield str(manifest["model"]["handler"]).removesuffix(".py")

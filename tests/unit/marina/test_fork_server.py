@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from marina import processes
 from marina.fork_server import SOCKET_VARIABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers are for Linux")
@@ -31,6 +32,11 @@ sys.stdout.flush()
 word = sys.stdin.readline().strip()
 if word == "fail":
     raise ValueError("as asked")
+if word == "refuse":
+    sys.exit("no licence")
+if "--at-exit" in sys.argv:
+    import atexit
+    atexit.register(lambda: sys.stderr.write("said at exit"))
 sys.exit(int(word or 0))
 """
 DEADLINE = 60.0
@@ -108,21 +114,28 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield started
 
 
+def beside(path: Path) -> list[str]:
+    return [sys.executable, "-c", SERVER, str(path), "-" * 600]
+
+
 @pytest.fixture
-def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(tmp_path / "s"), "-" * 600], env={**environment, "MARINA_GONE": "1"}
+def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[psutil.Process]:
+    """Beside a program that has java's place, as the supervisor starts it."""
+    path = tmp_path / "s"
+    java = processes.spawn(
+        ["/bin/sleep", "1000"], environment={**environment, "MARINA_GONE": "1"}, folder=tmp_path, beside=beside(path)
     )
     try:
-        until(lambda: (tmp_path / "s").exists() or process.poll() is not None, "no socket")
-        yield process
+        until(lambda: path.exists() or java.poll() is not None, "no socket")
+        yield psutil.Process(java.pid).children()[0]
     finally:
-        process.kill()
-        process.wait()
+        processes.kill_session(java)
+        assert java.stdout is not None
+        java.stdout.close()
 
 
 def test_it_is_what_python_would_have_started(
-    server: subprocess.Popen[bytes], start: Start, environment: dict[str, str], tmp_path: Path
+    server: psutil.Process, start: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "own"
     worker = start({**environment, "TS_OWN": "yes", "PYTHONPATH": str(folder)}, "--sock-name", "x y")
@@ -138,7 +151,7 @@ def test_it_is_what_python_would_have_started(
 
 
 def test_a_traceback_is_where_torchserve_looks(
-    server: subprocess.Popen[bytes], start: Start, environment: dict[str, str], tmp_path: Path
+    server: psutil.Process, start: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     worker = start(environment)
     assert "ValueError: as asked" in worker.tell("fail")
@@ -146,7 +159,7 @@ def test_a_traceback_is_where_torchserve_looks(
 
 
 def test_whoever_kills_one_kills_the_other(
-    server: subprocess.Popen[bytes], start: Start, environment: dict[str, str], tmp_path: Path
+    server: psutil.Process, start: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     first, second = start(environment), start(environment)
     first.process.kill()
@@ -160,11 +173,11 @@ def test_whoever_kills_one_kills_the_other(
 
 
 def test_a_worker_outlives_the_fork_server_and_is_still_stood_for(
-    server: subprocess.Popen[bytes], start: Start, environment: dict[str, str], tmp_path: Path
+    server: psutil.Process, start: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     worker = start(environment)
     server.kill()
-    server.wait()
+    until(lambda: ended(server.pid), "it ends")
     assert psutil.Process(worker.pid).is_running() and worker.process.poll() is None
     worker.tell("0")
     assert worker.process.returncode == 1, "how it ended, nobody can say"
@@ -173,7 +186,7 @@ def test_a_worker_outlives_the_fork_server_and_is_still_stood_for(
 
 @pytest.mark.parametrize("other", [{"OMP_NUM_THREADS": "63"}, {SOCKET_VARIABLE: "/nowhere/s"}, {SOCKET_VARIABLE: ""}])
 def test_what_cannot_be_forked_starts_by_itself(
-    server: subprocess.Popen[bytes], start: Start, environment: dict[str, str], tmp_path: Path, other: dict[str, str]
+    server: psutil.Process, start: Start, environment: dict[str, str], tmp_path: Path, other: dict[str, str]
 ) -> None:
     worker = start(environment | other)
     assert worker.pid == worker.process.pid
@@ -183,12 +196,30 @@ def test_what_cannot_be_forked_starts_by_itself(
     assert ("OMP_NUM_THREADS" in said) == ("OMP_NUM_THREADS" in other)
 
 
-def test_many_at_once(server: subprocess.Popen[bytes], start: Start, environment: dict[str, str]) -> None:
+def test_many_at_once(server: psutil.Process, start: Start, environment: dict[str, str]) -> None:
     workers = [start(environment) for _ in range(12)]
     assert len({worker.pid for worker in workers}) == 12
     for number, worker in enumerate(workers):
         worker.tell(str(number))
     assert [worker.process.returncode for worker in workers] == list(range(12))
-    process = psutil.Process(server.pid)
-    until(lambda: not process.children(), "children that nobody reaped")
-    until(lambda: process.num_fds() <= 8, f"open descriptors are left: {process.open_files()}")
+    until(lambda: not server.children(), "children that nobody reaped")
+    until(lambda: server.num_fds() <= 8, f"open descriptors are left: {server.open_files()}")
+
+
+def test_it_ends_with_java_however_soon_that_is(tmp_path: Path, environment: dict[str, str]) -> None:
+    """It holds java's standard streams: a supervisor would wait for their end until its patience is over."""
+    for program in ("/bin/true", "/bin/cat"):  # one ends before the fork server has begun, one when it is told to
+        java = processes.spawn([program], environment=environment, folder=tmp_path, beside=beside(tmp_path / "s"))
+        assert java.stdout is not None
+        with java.stdout:
+            assert java.stdout.read() == b""
+        assert java.wait(DEADLINE) == 0
+
+
+def test_what_a_worker_leaves_for_its_end_is_done(
+    server: psutil.Process, start: Start, environment: dict[str, str]
+) -> None:
+    assert "said at exit" in start(environment, "--at-exit").tell("0")
+    worker = start(environment)
+    assert "no licence" in worker.tell("refuse")
+    assert worker.process.returncode == 1

@@ -79,10 +79,24 @@ def readyz(told: Told) -> Iterator[str]:
 def test_the_gateway_learns_what_to_do_with_what_waits_here(
     told: Told, readyz: str, missing: list[str], in_vain: bool, up: str | None, status: int
 ) -> None:
+    requests.get(readyz, headers={UP_HEADER: "2"}, timeout=20).raise_for_status()
     told.missing, told.in_vain = missing, in_vain
     answer = requests.get(readyz, headers={} if up is None else {UP_HEADER: up}, timeout=20)
     assert answer.status_code == status
     assert answer.json() == {"ready": not missing, "missing": missing}
+
+
+def test_who_is_out_of_service_is_not_counted(told: Told, readyz: str) -> None:
+    """The gateway leaves out of its count who was told to finish: another one is up when it counts one."""
+
+    def told_now() -> int:
+        return requests.get(readyz, headers={UP_HEADER: "1"}, timeout=20).status_code
+
+    assert told_now() == 200
+    told.missing = ["m 1.0: 1 of 2 workers ready"]
+    assert told_now() == 404
+    told.in_vain = True
+    assert told_now() == 503
 
 
 def _version(required: int, ready: int) -> VersionState:
@@ -93,15 +107,18 @@ def _version(required: int, ready: int) -> VersionState:
 
 
 @pytest.mark.parametrize(
-    ("required", "ready", "stuck"),
+    ("workers", "stuck"),
     [
-        pytest.param(2, 1, False, id="one of two is left"),
-        pytest.param(2, 0, True, id="none is left"),
-        pytest.param(0, 0, False, id="asleep"),
+        pytest.param([(2, 1)], False, id="one of two is left"),
+        pytest.param([(2, 0)], True, id="none is left"),
+        pytest.param([(1, 1), (2, 0)], False, id="another model answers"),
+        pytest.param([(0, 0), (1, 0)], True, id="the others are asleep"),
+        pytest.param([(0, 0)], False, id="asleep"),
+        pytest.param([], False, id="not looked yet"),
     ],
 )
-def test_requests_wait_in_vain_where_no_worker_is_left(required: int, ready: int, stuck: bool) -> None:
-    assert State(versions=(_version(1, 1), _version(required, ready))).stuck is stuck
+def test_requests_wait_in_vain_where_no_worker_is_left(workers: list[tuple[int, int]], stuck: bool) -> None:
+    assert State(versions=tuple(_version(*one) for one in workers)).stuck is stuck
 
 
 def test_the_gateway_asks_with_the_header_that_the_supervisor_reads() -> None:

@@ -22,6 +22,7 @@ def archive(tmp_path: Path) -> Path:
     """An unpacked archive whose handler notes the priority that it is imported with."""
     (tmp_path / "MAR-INF").mkdir()
     (tmp_path / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": {"handler": "own_handler.py"}}))
+    (tmp_path / "handlerlib").mkdir()
     (tmp_path / "own_handler.py").write_text(f"import os, threading\nnice = {OWN}\n")
     return tmp_path
 
@@ -43,6 +44,12 @@ def test_a_worker_imports_at_low_priority_and_answers_at_its_own(archive: Path, 
     code = f"print('own_handler' in sys.modules)\nimport own_handler\nprint(own_handler.nice, {OWN})"
     low = min(19, NICE + worker_start.NICE)
     assert _run(IMPORT + code, archive, tmp_path / "nothing") == ["True", str(low), str(NICE)]
+
+
+def test_a_handler_that_is_not_ours_is_left_to_torchserve(archive: Path) -> None:
+    """It may set at import what holds for one thread only."""
+    (archive / "handlerlib").rmdir()
+    assert _run(IMPORT + "print('own_handler' in sys.modules)", archive) == ["False"]
 
 
 def test_what_cannot_be_imported_says_so_to_the_worker(archive: Path) -> None:
