@@ -42,7 +42,7 @@ _TEXT = TextPreprocess(buckets=1)
 # Keys that one kind of recipe has and the other refuses, so that a setting without effect is never taken for one with.
 _IMAGE_KEYS: dict[str, frozenset[str]] = {
     "data": frozenset(["image_size", "max_side", "channels", "crop_fraction", "memory_mib"]),
-    "model": frozenset(["pretrained", "whiten"]),
+    "model": frozenset(["pretrained", "whiten", "views"]),
     "train": frozenset(["channels_last"]),
     "serve": frozenset(["max_pixels"]),
     "": frozenset(["augment", "distil"]),
@@ -199,6 +199,9 @@ class Model(_Section):
     """Start from torchvision's DEFAULT weights (downloaded) wherever the shapes match."""
     whiten: bool = False
     """Start with a first convolution that whitens the training images' patches; best frozen (see `train.freeze`)."""
+    views: Literal[1, 2, 6] = 1
+    """For airbench: views of an image that an answer is the mean of, by the evaluation and the worker alike. Each view costs
+    as much as one answer without them."""
     width: int = Field(default=64, ge=0, le=4096)
     """Numbers per term of a text. 0, for embedding_bag only: one per class, so that the network is linear."""
     pooling: Literal["mean", "length", "sum"] = "mean"

@@ -36,6 +36,7 @@ def architecture(dataset: Dataset, recipe: Recipe) -> Architecture:
         width=shape.width,
         classes=len(dataset.classes),
         dropout=recipe.model.dropout,
+        views=recipe.model.views,
     )
 
 

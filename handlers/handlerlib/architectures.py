@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from handlerlib import text_networks
 from handlerlib.errors import SpecError
@@ -32,6 +33,11 @@ def build(architecture: Architecture) -> nn.Module:
     except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
         size = f"{architecture.channels}x{architecture.height}x{architecture.width}"
         raise SpecError(f"architecture '{architecture.name}' does not take {size} images: {error}") from error
+    if architecture.views > 1 and not isinstance(network, _OfViews):
+        raise SpecError(
+            f"architecture '{architecture.name}' answers from one view of an image, not {architecture.views}",
+            remedy="architecture airbench knows several",
+        )
     if architecture.dropout is not None:
         _set_dropout(network, architecture)
     return _narrow(network, architecture) if architecture.widths else network
@@ -143,10 +149,12 @@ def airbench(shape: Architecture) -> nn.Module:
 
     As there, 2x2 convolution of twice as many channels as a patch has values (so that it can hold a whitening and its
     mirror image), pooling before each group's first norm, GELU, logits scaled by 1/9, and convolutions that start as
-    the identity for as many channels as there are.
+    the identity for as many channels as there are. When it does not train it answers, as there, the mean over
+    `shape.views` views of the image.
     """
     patch = 2 * 2 * shape.channels
-    network = nn.Sequential(
+    network = _OfViews(
+        shape.views,
         nn.Conv2d(shape.channels, 2 * patch, 2),
         nn.GELU(),
         _conv_group(2 * patch, 64),
@@ -161,6 +169,34 @@ def airbench(shape: Architecture) -> nn.Module:
     with torch.no_grad():
         network.eval()(torch.zeros(1, shape.channels, shape.height, shape.width))
     return network.train()
+
+
+class _OfViews(nn.Sequential):
+    """Layers in a row whose answer, outside training, is the mean over views of the image: itself and its mirror image,
+    and for six views, with half the weight, both moved by one pixel up and left, and down and right."""
+
+    def __init__(self, views: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.views = views
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.views == 1:
+            return self._once(x)
+        mean = self._both_sides(x)
+        if self.views == 2:
+            return mean
+        height, width = x.shape[-2:]
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        moved = self._both_sides(padded[..., :height, :width]) + self._both_sides(padded[..., 2:, 2:])
+        return 0.5 * mean + 0.25 * moved
+
+    def _both_sides(self, x: Tensor) -> Tensor:
+        return 0.5 * (self._once(x) + self._once(x.flip(-1)))
+
+    def _once(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 def _conv_group(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -70,6 +70,10 @@ class TermTable:
         require(_ascending(self.lengths), "architecture.terms.lengths", "ascending from 1 or more", self.lengths)
 
 
+VIEWS = (1, 2, 6)
+"""The image; with its mirror image; both also a pixel up and left, and a pixel down and right."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Which network the weights belong to; `handlerlib.architectures.build` turns it into a module."""
@@ -90,12 +94,16 @@ class Architecture:
     """The layers from which pruning took channels; left out of the file when there are none."""
     terms: TermTable | None = None
     """For a text network, and left out of the file for others."""
+    views: int = 1
+    """How many views of an image an answer is the mean of (`handlerlib.architectures.airbench`); left out of the file when
+    it is one."""
 
     def __post_init__(self) -> None:
         modules = [width.module for width in self.widths]
         require(len(set(modules)) == len(modules), "architecture.widths", "one entry per module", modules)
         require(self.channels in (1, 3), "architecture.channels", "1 or 3", self.channels)
         require(self.height > 0 and self.width > 0, "architecture.height/width", "positive", (self.height, self.width))
+        require(self.views in VIEWS, "architecture.views", f"one of {VIEWS}", self.views)
         require(self.classes >= 1, "architecture.classes", "at least 1", self.classes)
         require(self.dropout is None or 0 <= self.dropout < 1, "architecture.dropout", "in [0, 1)", self.dropout)
 
@@ -347,6 +355,8 @@ class ModelSpec:
         fields = dataclasses.asdict(self)
         if not self.architecture.widths:
             del fields["architecture"]["widths"]
+        if self.architecture.views == 1:
+            del fields["architecture"]["views"]
         if self.architecture.terms is None:
             del fields["architecture"]["terms"]
         fields = {

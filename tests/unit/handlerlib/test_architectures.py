@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from handlerlib import architectures
 from handlerlib.errors import SpecError
@@ -83,3 +84,35 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
     first, second = seeded(), seeded()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("views", [2, 6])
+def test_an_answer_from_several_views_is_their_mean(views: int) -> None:
+    torch.manual_seed(0)
+    shape = Architecture(name="airbench", channels=3, height=32, width=32, classes=4)
+    once = architectures.build(shape).eval()
+    several = architectures.build(dataclasses.replace(shape, views=views)).eval()
+    several.load_state_dict(once.state_dict())
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        seen = (
+            [x]
+            if views == 2
+            else [x, *(F.pad(x, (1, 1, 1, 1), "reflect")[..., k : k + 32, k : k + 32] for k in (0, 2))]
+        )
+        rows = [(once(view) + once(view.flip(-1))) / 2 for view in seen]
+        expected = rows[0] if views == 2 else rows[0] / 2 + (rows[1] + rows[2]) / 4
+        torch.testing.assert_close(several(x), expected)
+        mirrored = several(x.flip(-1)) if views == 2 else expected
+    torch.testing.assert_close(mirrored, expected)
+    torch.manual_seed(1)
+    learning = several.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(learning, once.train()(x))
+
+
+def test_views_belong_to_networks_that_know_them() -> None:
+    with pytest.raises(SpecError, match="architecture 'lenet' answers from one view of an image, not 2"):
+        architectures.build(Architecture(name="lenet", channels=1, height=28, width=28, classes=4, views=2))
+    with pytest.raises(SpecError, match=r"architecture\.views must be one of \(1, 2, 6\)"):
+        Architecture(name="airbench", channels=3, height=32, width=32, classes=4, views=3)
