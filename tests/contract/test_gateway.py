@@ -443,7 +443,10 @@ def test_waiting_too_long_in_the_queue_is_429(tmp_path: Path) -> None:
 
 
 def test_who_cannot_be_answered_in_time_is_told_at_once(tmp_path: Path) -> None:
-    with backends("a") as [backend], front(tmp_path, [backend.replica], max_inflight=2, max_queue=200, wait=20) as gate:
+    with (
+        backends("a") as [backend],
+        front(tmp_path, [backend.replica], max_inflight=2, max_queue=200, queue_timeout_ms=20000) as gate,
+    ):
         in_parallel(gate, 2, x_mode="sleep:0.1")
         crowd = threading.Thread(target=in_parallel, args=(gate, 198), kwargs={"x_mode": "sleep:0.1"})
         crowd.start()  # ten seconds of work
