@@ -227,12 +227,13 @@ def running(
     """Started and ready; nothing of it is left after the block. `settings` are the gateway's."""
     folder.mkdir(parents=True, exist_ok=True)
     secrets = gateway.create_keys(folder / "secrets")
+    # Before there are threads that start processes: one that is being started holds what is open here until it has begun.
+    ports = processes.free_ports(2)
     with contextlib.ExitStack() as stop:
         started = []
         for number in range(servers):
             started.append(Server(f"replica{number + 1}", command, folder, model))
             stop.callback(started[-1].stop)
-        ports = processes.free_ports(2)
         values: dict[str, Any] = {
             "bind": f"127.0.0.1:{ports[0]}",
             "metrics_bind": f"127.0.0.1:{ports[1]}",
