@@ -66,7 +66,7 @@ def test_without_whitening_the_start_is_random(dataset: Dataset, recipe: Recipe)
 
 @pytest.mark.parametrize(("name", "found"), [("resnet9", "has 64, not 54"), ("mlp", "there is none")])
 def test_a_network_without_room_for_whitening(name: str, found: str, dataset: Dataset, recipe: Recipe) -> None:
-    model = recipe.model.model_copy(update={"architecture": name})
+    model = recipe.model.model_copy(update={"architecture": name, "views": 1})
     with pytest.raises(RecipeError, match=found) as caught:
         networks.start(dataset, recipe.model_copy(update={"model": model}), report=silent)
     assert "model.whiten=false" in caught.value.remedy
