@@ -7,14 +7,14 @@ import pytest
 from benchmarks.chaos import identity, resources
 from support.gateway import require_haproxy
 
-REQUESTS = 4_000
+REQUESTS = 12_000
 
 
 @pytest.mark.timeout(600)
 def test_no_answer_is_somebody_elses() -> None:
     require_haproxy()
     with resources.temp_folder() as folder, identity.echo_stack(folder) as stack:
-        found = identity.ask(stack, REQUESTS, kill_every=3.0)
+        found = identity.ask(stack, REQUESTS, kill_every=0.3)
     assert found["mixed"] == 0, found["examples"]
     assert found["unanswered"] == 0, found["retried"]
     assert found["right"] == REQUESTS
