@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.chaos import resources
 from benchmarks.chaos.bench import Bench, Finding, brief, say
 from benchmarks.chaos.resources import Held, Slope
@@ -143,7 +145,8 @@ def _after_cycles(stack: Stack, archive: Path, count: int, temp: Path, trial: Tr
 
     def settled() -> bool:
         """Nothing of the last cycle is still ending."""
-        return _roles(stack) == roles
+        noted = (int(path.name.removeprefix("worker-")) for path in temp.rglob("worker-*"))
+        return _roles(stack) == roles and all(psutil.pid_exists(pid) for pid in noted)
 
     wait_until(settled, f"the same processes run as before: {roles}", 60.0, log=stack.servers[0].log)
     return resources.look(stack.pids(), temp)

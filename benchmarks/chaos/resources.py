@@ -26,7 +26,7 @@ class Held:
     processes: dict[str, int]
     descriptors: dict[str, int]
     sockets: int
-    temp_files: int
+    temp_files: frozenset[str]
     """Below the temp folder of this run."""
 
 
@@ -45,7 +45,7 @@ def look(pids: Mapping[int, str], temp: Path) -> Held:
             memory[role] += own
             descriptors[role] += open_files
             counted[role] += 1
-    files = sum(1 for path in temp.rglob("*") if not path.is_dir())
+    files = frozenset(str(path.relative_to(temp)) for path in temp.rglob("*") if not path.is_dir())
     return Held({role: own / 2**20 for role, own in memory.items()}, dict(counted), dict(descriptors), sockets, files)
 
 
@@ -110,6 +110,7 @@ def grown(before: Held, after: Held) -> dict[str, Any]:
         },
         "descriptors": sum(after.descriptors.values()) - sum(before.descriptors.values()),
         "sockets": after.sockets - before.sockets,
-        "temp_files": after.temp_files - before.temp_files,
+        "temp_files": len(after.temp_files) - len(before.temp_files),
+        "new_files": sorted(after.temp_files - before.temp_files),
         "memory_mib": round(sum(after.memory.values()) - sum(before.memory.values()), 1),
     }

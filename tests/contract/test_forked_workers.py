@@ -37,8 +37,10 @@ def server(model: ServedModel) -> Iterator[Server]:
 
 
 def workers(server: Server) -> list[psutil.Process]:
+    """Those that answer. TorchServe calls one ready for a moment after its end."""
     with ManagementClient(server.management_url) as client:
-        return [psutil.Process(worker.pid) for worker in client.describe("tiny").workers if worker.ready]
+        ready = [worker.pid for worker in client.describe("tiny").workers if worker.ready]
+    return [psutil.Process(pid) for pid in ready if psutil.pid_exists(pid)]
 
 
 def fork_server(server: Server) -> psutil.Process:

@@ -80,8 +80,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, handlers: Path) -> Iterator
     }
     # The photos must be told apart by their answers, or mixed answers would go unnoticed.
     assert len({tuple(round(value, 4) for value in row) for row in expected.values()}) == len(expected)
-    with running(store.to_serve([packed]), fork_server=True) as server:
-        yield Served(server, artifact, spec, expected)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # compiled files tell where code was imported from
+        with running(store.to_serve([packed]), fork_server=True) as server:
+            yield Served(server, artifact, spec, expected)
 
 
 def problem(answer: requests.Response, status: int) -> dict[str, Any]:
