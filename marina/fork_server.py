@@ -3,7 +3,8 @@
 `import torch` with CUDA libraries costs each worker two seconds of processor time and some 280 MB of its own. Here it is
 paid once per server: workers share those pages until they write to them (copy on write), and one that replaces a killed
 worker, or that a rollout adds, is there in the time of a fork. The idea is that of `multiprocessing`'s fork server and of
-gunicorn's `preload_app`; what makes it safe is that this process never starts a thread and never touches a GPU.
+gunicorn's `preload_app`; what makes it safe is that this process starts no thread, that those which numpy's OpenBLAS starts
+end before each fork (its own `pthread_atfork`), and that no GPU is touched.
 
 TorchServe starts a worker as `marina-worker .../ts/model_service_worker.py --sock-name ...` (`marina.fork_worker`). That
 small process asks here for the real worker, hands over its standard streams, passes signals on and ends as the worker
@@ -70,7 +71,6 @@ PER_WORKER = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "METRICS_LOCATION", "LOG_LOC
 start with `TS_` or `MARINA_`. With any other difference the worker is not forked."""
 
 _FORK_ROOM = 1024
-_PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
 
 
@@ -130,8 +130,8 @@ class ForkServer:
             if pid == 0:
                 self._become(asked, connection)
             watched = os.pidfd_open(pid)
-            self._workers[watched] = (pid, connection)
             self._selector.register(watched, selectors.EVENT_READ)
+            self._workers[watched] = (pid, connection)
             _send(connection, {"pid": pid})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if pid:
@@ -151,7 +151,7 @@ class ForkServer:
         _send(connection, {"status": status})
         connection.close()
 
-    def _leave(self, own: socket.socket) -> None:
+    def _leave(self) -> None:
         """Close, in a new worker, what belongs to the fork server."""
         for key in [*self._selector.get_map().values()]:
             if isinstance(key.fileobj, socket.socket):
@@ -159,15 +159,14 @@ class ForkServer:
         self._selector.close()
         for watched, (_, other) in self._workers.items():
             os.close(watched)
-            if other is not own:
-                other.close()
+            other.close()
 
     def _become(self, asked: Asked, connection: socket.socket) -> NoReturn:
         """In the new process: be what TorchServe would have started. Does not return."""
         code = 1
         try:
             _die_with(connection)
-            self._leave(connection)
+            self._leave()
             for number, stream in enumerate(asked.streams):
                 os.dup2(stream, number)
             for stream in asked.streams:
@@ -196,7 +195,10 @@ def command(path: Path) -> list[str]:
 
 
 def main(path: str, modules: Sequence[str] = PRELOADED) -> NoReturn:
-    """Listen at `path`, import `modules`, and fork workers until java ends."""
+    """Listen at `path`, import `modules`, and fork workers until java ends.
+
+    java is the parent and leads the session. Raises OSError when it cannot listen at `path`.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != os.getsid(0):  # java, whose session this is, has ended already
         sys.exit(1)
@@ -300,7 +302,7 @@ def _run(asked: Asked, path: Sequence[str]) -> int:
 
 
 def pass_on(number: int, pid: int) -> None:
-    """A signal handler's work in the asking process: what it gets, the worker gets."""
+    """Hand every signal `number` that this process gets from now on to the worker `pid`."""
 
     def handle(received: int, _: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):

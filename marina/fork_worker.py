@@ -38,17 +38,24 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     path = os.environ.get(SOCKET_VARIABLE, "")
     if path and arguments and Path(arguments[0]).name == _SCRIPT:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.connect(path)
-            asked = Asked(arguments, str(Path.cwd()), dict(os.environ), (0, 1, 2))
-            send(connection, asked)
-            if select.select([connection], [], [], _PATIENCE_SECONDS)[0]:
-                first = _receive(connection)
-                if "pid" in first:
-                    _stand_for(first["pid"], connection)
-                if "refused" in first:
-                    sys.stderr.write(f"this worker imports everything by itself: {first['refused']}\n")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            answer = _ask(connection, path, arguments)
+            if "pid" in answer:
+                _stand_for(answer["pid"], connection)
+            if "refused" in answer:
+                sys.stderr.write(f"this worker imports everything by itself: {answer['refused']}\n")
     _become(arguments)
+
+
+def _ask(connection: socket.socket, path: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The fork server's first answer; nothing where there is no server, or none in time."""
+    try:
+        connection.connect(path)
+        send(connection, Asked(arguments, str(Path.cwd()), dict(os.environ), (0, 1, 2)))
+    except OSError:
+        return {}
+    ready, _, _ = select.select([connection], [], [], _PATIENCE_SECONDS)
+    return _receive(connection) if ready else {}
 
 
 def _stand_for(pid: int, connection: socket.socket) -> NoReturn:
@@ -67,7 +74,11 @@ def _stand_for(pid: int, connection: socket.socket) -> NoReturn:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    data = connection.recv(MESSAGE_BYTES)
+    """Nothing when the other side has gone."""
+    try:
+        data = connection.recv(MESSAGE_BYTES)
+    except ConnectionError:
+        return {}
     value: dict[str, Any] = json.loads(data) if data else {}
     return value
 
