@@ -40,7 +40,6 @@ from training.errors import DataError, Interrupted, RecipeError, RunBusy, Target
 from training.evaluate import Evaluation, calibrated, with_thresholds
 from training.evaluate import evaluate as judge
 from training.export import METRICS_FILE, PROVENANCE_FILE
-from training.machine import keep_memory
 from training.progress import Report, Step, silent
 from training.scoring import Questions
 from training.train import (
@@ -83,7 +82,6 @@ def train(recipe: Recipe, *, runs: Path, artifacts: Path, report: Report, again:
     RecipeError, DataError, NumericFailure, or Interrupted on Ctrl-C.
     """
     threads = choose_threads(recipe.train)
-    keep_memory()
     try:
         with distributed.joined(recipe.train) as group, reproducible(threads), contextlib.ExitStack() as held:
             report = report if group.leads else silent

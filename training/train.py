@@ -29,7 +29,7 @@ from training.errors import Interrupted, NumericFailure
 from training.evaluate import batch_size
 from training.learner import Learner
 from training.losses import Loss
-from training.machine import choose_device, choose_threads, reproducible
+from training.machine import choose_device, choose_threads, keep_memory, reproducible
 from training.networks import architecture, start_network
 from training.progress import Report, Step
 from training.schedules import Position
@@ -88,6 +88,7 @@ def fit(
     Call it inside `reproducible`. Raises NumericFailure when the loss stops being a number and Interrupted, with a
     checkpoint written, on SIGINT or when `report` raises KeyboardInterrupt.
     """
+    keep_memory()
     pupil = learner.start(dataset, recipe, report, network, loss, group)
     now = state.restore(folder, pupil, report, group)
     joined = Joined(pupil.network, group)
