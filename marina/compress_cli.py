@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from marina import store
-from marina.home import Home, find_home
+from marina.home import find_home
 from marina.progress import ProgressReporter
 from marina.screen import Screen, shown
 from marina.training_cli import Json
@@ -59,7 +58,7 @@ def compress(
     Pruning, quantisation and distillation, as far as they apply. Ctrl-C, then the same command, resumes.
     """
     screen, home = Screen(as_json), find_home()
-    folder = _run_or_artifact(home, target)
+    folder = store.find_trained(home.runs, home.artifacts, target)
 
     from training.compress import chart, search
 
@@ -85,10 +84,3 @@ def compress(
     if not kept:
         screen.say("kept      nothing: no form is within the budget")
     screen.say(f"report    {shown(result.folder / search.TABLE_FILE)}, {search.CHART_FILE} beside it")
-
-
-def _run_or_artifact(home: Home, text: str) -> Path:
-    if Path(text).is_dir():
-        return Path(text)
-    run = home.runs / text
-    return run if run.is_dir() else store.find_artifact(home.artifacts, text)

@@ -30,6 +30,10 @@ _ABOUT_THE_SAMPLE = (400, 413, 415, 422)
 """Statuses that say nothing about another sample."""
 _TOP_K = (1000, 100, 10, None)
 """How many labels are asked for where no artifact says how many there are."""
+_LEFT_OUT = "answers do not hold every label: those left out share what is left of the probability"
+_LEFT_OUT_OF_SEVERAL = (
+    "answers do not hold every label: those left out count as not there, and the figures are approximate"
+)
 
 
 class AnswersDiffer(ArchiveError):
@@ -226,9 +230,7 @@ def score(
     rows = [{label.index: label.probability for label in one} for one in answered.predictions]
     _check_indices(answered, labels)
     evaluation, complete = judge.figures(labels, answered.names, answered.labels, rows, artifact)
-    notes = (
-        [] if complete else ["answers do not hold every label: those left out share what is left of the probability"]
-    )
+    notes = [] if complete else [_LEFT_OUT if spec is None or spec.task == "multi-class" else _LEFT_OUT_OF_SEVERAL]
     reference, comparison = None, None
     if artifact is None:
         notes.append(f"there is no artifact of {probe.model} {probe.version} here to compare with")

@@ -328,7 +328,7 @@ class Server:
         return state.missing()
 
     def stuck(self) -> bool:
-        """Whether requests that are here wait in vain: java is gone, or every worker of a version."""
+        """Whether requests that are here wait in vain: java is gone, or every worker."""
         return not self.alive() or (self._proved and self._watch.state.stuck)
 
     def in_flight(self) -> int | None:

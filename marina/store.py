@@ -123,6 +123,12 @@ def find_artifact(artifacts: Path, text: str) -> Path:
     return max(found, key=lambda path: version_key(path.name))
 
 
+def find_trained(runs: Path, artifacts: Path, text: str) -> Path:
+    """A run by its name below `runs`, or what `find_artifact` finds. Raises ArchiveError."""
+    run = runs / text
+    return run if run.is_dir() and not Path(text).is_dir() else find_artifact(artifacts, text)
+
+
 def version_key(version: str) -> tuple[int, ...]:
     """Dotted number -> what sorts 1.10 after 1.9."""
     return tuple(int(part) for part in version.split("."))

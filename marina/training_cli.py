@@ -115,7 +115,7 @@ def evaluate(
     """Score a run or an artifact on its test split or other labelled data, or a served model by the same code."""
     screen, home = Screen(as_json), find_home()
     if url is None:
-        _evaluate_here(screen, _run_or_artifact(home, target), root, data, report_file)
+        _evaluate_here(screen, store.find_trained(home.runs, home.artifacts, target), root, data, report_file)
         return
     name, _, version = target.partition(":")
     options = scoring.Options(
@@ -222,8 +222,3 @@ def _show_classes(screen: Screen, found: Evaluation) -> None:
 def _show_metrics(screen: Screen, metrics: dict[str, float], title: str) -> None:
     shown = [(name, value) for name, value in metrics.items() if "/" not in name]
     screen.table(("metric", "value"), shown, title=title)
-
-
-def _run_or_artifact(home: Home, text: str) -> Path:
-    run = home.runs / text
-    return run if run.is_dir() and not Path(text).is_dir() else store.find_artifact(home.artifacts, text)

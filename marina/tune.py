@@ -32,10 +32,9 @@ from marina.errors import ArchiveError, ClientError, ConfigError, Refused
 from marina.load_payloads import Load
 from marina.load_stats import Interval
 from marina.loadgen import Closed, Open, Result, Scenario
+from marina.serving import TRIAL_SUFFIX
 from marina.tune_search import Outcome, OutOfTime, Probe, Setting, Space, search
 
-SUFFIX = "--tune"
-"""Behind the model's name, for the registration that is measured."""
 _EXPLORING_SHARE = 0.75
 """Of the budget; the rest is for measuring the best again."""
 _SUSTAIN_SECONDS = 30.0
@@ -138,7 +137,7 @@ class Stand:
     """The registration that is measured. Leaving its `with` block takes it away."""
 
     def __init__(self, management_url: str, inference_url: str, name: str, say: Say) -> None:
-        self.name = f"{name}{SUFFIX}"
+        self.name = f"{name}{TRIAL_SUFFIX}"
         self._inference_url = inference_url
         self._management = ManagementClient(management_url)
         self._say = say

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from marina import serving, store, tune
+from marina import serving, store
 from marina.archive import Archive, sha256_of
 from marina.client import ModelStatus, WorkerStatus
 from marina.errors import StoreError
@@ -97,8 +97,7 @@ def test_the_server_wins_over_the_file() -> None:
 
 
 def test_a_trial_of_the_tuner_is_never_meant_to_stay() -> None:
-    assert serving.TRIAL_SUFFIX == tune.SUFFIX
-    trial = _seen("1.0", 1, default=True, name=f"m{tune.SUFFIX}")
+    trial = _seen("1.0", 1, default=True, name=f"m{serving.TRIAL_SUFFIX}")
     assert set(serving.adopted(None, [_seen("1.0", 1, default=True), trial]).models) == {"m"}
 
 

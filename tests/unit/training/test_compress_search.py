@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -204,8 +203,6 @@ def test_no_form_is_begun_after_the_time(parent: Trained, home: Path) -> None:
 
 
 def test_int8_of_a_small_network(parent: Trained, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("nncf") is None:
-        pytest.skip("nncf is not installed")
     monkeypatch.setattr("training.compress.measure._BLOCK_SECONDS", 0.001)
     found = run(parent, Options(budget=10.0, methods=("int8", "qat"), epochs=1), home)
     rows = {row.name: row for row in found.rows}

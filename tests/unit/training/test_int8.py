@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,6 @@ from handlerlib.spec import ModelSpec
 from support.artifacts import write_artifact
 from support.engines import photos
 from training.optimize import openvino_rungs
-
-if importlib.util.find_spec("nncf") is None:  # not imported here: it would report its use
-    pytest.skip("nncf is not installed", allow_module_level=True)
 
 
 def test_the_form_that_strays_less_on_other_images_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
