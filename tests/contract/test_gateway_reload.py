@@ -24,11 +24,11 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
 
 def test_a_reload_under_load_fails_no_request(gate: Front) -> None:
     before = gate.running.pids()
-    with Load(gate, headers={"X-Mode": "sleep:0.01"}) as load:
-        load.wait_for(30)
-        for _ in range(3):
+    with Load(gate, clients=32, size=200_000) as load:
+        load.wait_for(100)
+        for _ in range(8):
             gate.running.reload()
-            load.wait_for(30)
+            load.wait_for(100)
     assert load.failures() == []
     assert gate.running.pids()[0] == before[0] == gate.running.process.pid
     assert before[1] not in gate.running.pids()[1:] or len(gate.running.pids()) > len(before)

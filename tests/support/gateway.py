@@ -245,6 +245,8 @@ class Load:
 
     front: Front
     clients: int = 6
+    size: int = 20_000
+    """Bytes of each body."""
     headers: dict[str, str] = field(default_factory=dict)
     key_of: Callable[[], str] | None = None
     answers: list[tuple[int, float]] = field(default_factory=list)
@@ -277,7 +279,7 @@ class Load:
             began = time.monotonic()
             try:
                 connection.request(
-                    "POST", "/predictions/m", b"x" * 20_000, {"Authorization": f"Bearer {key}", **self.headers}
+                    "POST", "/predictions/m", b"x" * self.size, {"Authorization": f"Bearer {key}", **self.headers}
                 )
                 response = connection.getresponse()
                 response.read()
