@@ -1,8 +1,9 @@
-"""Text classification: a text in, the most probable labels out.
+"""A text in; out the most probable labels, every label above its threshold, or values, as the model's task is.
 
 Request   the text as the body, `text/plain` with a `charset` or in UTF-8; or the form field `data` or `file`, in UTF-8;
           or JSON `{"instances": ["...", {"text": "..."}, {"b64": "..."}], "top_k": 3}`
-Answer    `{"model", "version", "predictions": [[{"label", "index", "probability"}, ...]]}`, one list per text
+Answer    `{"model", "version", "predictions": [[{"label", "index", "probability"}, ...]]}`, one list per text;
+          of a multi-label model or a regression as `image_classifier` has it (see `handlerlib.answers`)
 Errors    `application/problem+json` with status 400, 413, 415 or 422, for the one request alone
 """
 

@@ -40,7 +40,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from marina.worker_start import handlers, import_gently
+from marina.worker_start import gently, handlers, import_gently
 
 SOCKET_VARIABLE = "MARINA_FORK_SOCKET"
 """Name of the environment variable that holds the socket's path."""
@@ -289,6 +289,7 @@ def _run(asked: Asked, path: Sequence[str]) -> int:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # every fork has the same state otherwise
     import_gently([*handlers(own)])
+    _load_gently()
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
@@ -299,6 +300,14 @@ def _run(asked: Asked, path: Sequence[str]) -> int:
         sys.stderr.write(f"{end.code}\n")
         return 1
     return 0
+
+
+def _load_gently() -> None:
+    """Have TorchServe load the model at low priority."""
+    with contextlib.suppress(ImportError):  # there are scripts of others in tests
+        from ts.model_loader import TsModelLoader
+
+        TsModelLoader.load = gently(TsModelLoader.load)
 
 
 def pass_on(number: int, pid: int) -> None:

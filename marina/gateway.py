@@ -102,7 +102,7 @@ class GatewayConfig(_Frozen):
     max_connections: Annotated[int, Field(ge=1, le=4000)] = 1000
     max_inflight: Annotated[int, Field(ge=1, le=10000)] = 32
     """Requests that one replica works on at a time; the others wait in the gateway."""
-    max_queue: Annotated[int, Field(ge=1, le=10000)] = 200
+    max_queue: Annotated[int, Field(ge=1, le=10000)] = 600
     """Waiting requests beyond which the next one is answered 429 at once."""
     queue_timeout_ms: Milliseconds = 5_000
     deadline_ms: Milliseconds = 30_000

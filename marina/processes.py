@@ -88,6 +88,16 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def set_priority(session: int, nice: int) -> None:
+    """Let a session's processes together count so much where the kernel shares cores out by session (autogroups, sched(7)).
+
+    Unlike a process's own niceness it can be raised again by anybody. It does nothing in a container, where the control
+    group decides, and where autogroups are off.
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{session}/autogroup").write_text(str(nice))
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM and a lost terminal are KeyboardInterrupt, as Ctrl-C is: what was begun is taken back."""

@@ -45,6 +45,8 @@ _READ_BYTES = 65536
 """As much as a pipe holds."""
 _READ_PAUSE_SECONDS = 0.01
 """25,000 requests a second print 32 KiB meanwhile."""
+_STARTING_NICE = 6
+"""A quarter of the weight of a session that answers: on cores that are busy without end, a start gets on all the same."""
 _REMOVED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "CLASSPATH")
 """Each of them can put other code in front of an archive's own."""
 
@@ -242,8 +244,9 @@ class Server:
             if self.settings.supervisor_port:
                 self._port = Port(self.settings.supervisor_host, self.settings.supervisor_port, _Supervised(self))
             self._launch(command, environment)
-            self._wait_ready(started + self.settings.startup_timeout)
-            self._prove_all()
+            with self._gently():
+                self._wait_ready(started + self.settings.startup_timeout)
+                self._prove_all()
         except BaseException:
             self.stop(drain=False)
             raise
@@ -489,6 +492,16 @@ class Server:
         if isinstance(outcome, OSError):
             raise ServerError(f"java cannot be started: {outcome}", remedy="check JAVA_HOME") from outcome
         self._process = outcome
+
+    @contextmanager
+    def _gently(self) -> Iterator[None]:
+        """Meanwhile java and its workers leave the cores to those who answer requests: other servers, and the gateway."""
+        assert self._process is not None
+        processes.set_priority(self._process.pid, _STARTING_NICE)
+        try:
+            yield
+        finally:
+            processes.set_priority(self._process.pid, 0)
 
     def _wait_ready(self, deadline: float) -> None:
         while True:

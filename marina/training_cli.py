@@ -93,7 +93,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="Score on this, not the test split: a folder with one folder per class, a .zip, or a .csv of texts.",
+            help="Score on this, not the test split: a folder with one folder per class, a .zip of one, or a .csv.",
         ),
     ] = None,
     url: Annotated[

@@ -101,6 +101,19 @@ class TestReady:
             server.start()
         assert server.folder is None and not server.alive()
 
+    def test_it_starts_without_taking_cores_from_those_who_answer(self, model: ServedModel) -> None:
+        """Other servers and the gateway of the same machine."""
+        during: list[int] = []
+
+        def priority() -> int:
+            return int(Path(f"/proc/{server.pid}/autogroup").read_text().rpartition(" ")[2])
+
+        server = Server([model], torchserve.settings(), prove=lambda *_: during.append(priority()))
+        if not Path("/proc/self/autogroup").exists():
+            pytest.skip("this kernel does not share cores out by session")
+        with server:
+            assert (during, priority()) == ([6], 0)
+
 
 class TestWorkers:
     def test_the_environment_is_ours(self, client: InferenceClient) -> None:

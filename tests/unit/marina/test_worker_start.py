@@ -46,6 +46,68 @@ def test_a_worker_imports_at_low_priority_and_answers_at_its_own(archive: Path, 
     assert _run(IMPORT + code, archive, tmp_path / "nothing") == ["True", str(low), str(NICE)]
 
 
+LOAD = f"""
+import worker_start
+started, stop = threading.Event(), threading.Event()
+
+def load(fails):
+    def others():
+        print({OWN})
+        started.set()
+        stop.wait(30)
+        print({OWN})
+
+    print({OWN})
+    threading.Thread(target=others).start()
+    started.wait(30)
+    if fails:
+        raise ValueError
+
+try:
+    worker_start.gently(load)(FAILS)
+except ValueError:
+    pass
+print({OWN})
+stop.set()
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_loaded_at_low_priority_and_answers_at_its_own(fails: bool) -> None:
+    """Threads that it starts too."""
+    low = min(19, NICE + worker_start.NICE) if _may_raise() else NICE
+    assert _run(LOAD.replace("FAILS", str(fails))) == [str(low), str(low), str(NICE), str(NICE)]
+
+
+def test_a_load_that_takes_long_gets_its_share(tmp_path: Path) -> None:
+    code = (
+        "import time, worker_start\n"
+        "worker_start.GENTLE_SECONDS = 0.01\n"
+        "def load():\n"
+        "    end = time.monotonic() + 30\n"
+        f"    while {OWN} != {NICE} and time.monotonic() < end: time.sleep(0.01)\n"
+        f"    print({OWN})\n"
+        "worker_start.gently(load)()"
+    )
+    assert _run(code) == [str(NICE)]
+
+
+def _may_raise() -> bool:
+    code = f"os.setpriority(os.PRIO_PROCESS, 0, {NICE + 1})\ntry: os.setpriority(os.PRIO_PROCESS, 0, {NICE})\n"
+    return _run(code + "except OSError: print('no')") == []
+
+
+def test_whoever_cannot_raise_a_priority_again_does_not_lower_it() -> None:
+    """As an ordinary user without the limit for it."""
+    code = (
+        "import resource, worker_start\n"
+        "resource.setrlimit(resource.RLIMIT_NICE, (0, 0))\n"
+        "if os.geteuid() == 0: os.setuid(65534)\n"
+        f"worker_start.gently(lambda: print({OWN}))()"
+    )
+    assert _run(code) == [str(NICE)]
+
+
 def test_a_handler_that_is_not_ours_is_left_to_torchserve(archive: Path) -> None:
     """It may set at import what holds for one thread only."""
     (archive / "handlerlib").rmdir()
