@@ -27,6 +27,8 @@ from training.config import Train
 from training.errors import PeerFailed, RecipeError
 from training.machine import choose_device
 
+_CONNECTING = datetime.timedelta(minutes=3)
+"""Longest wait for the connections to all others. Once in a while two processes miss each other's, and wait in vain."""
 _PATIENCE = datetime.timedelta(hours=2)
 """Longest wait for another process: the others wait while the first one judges the test split."""
 _CPU = torch.device("cpu")
@@ -154,7 +156,8 @@ def joined(train: Train) -> Iterator[Group]:
             )
         torch.cuda.set_device(local)
     # Sums of figures go over the CPU's channel, which does not wait for the GPU.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_CONNECTING)
+    distributed.set_timeout(_PATIENCE)
     yield group
     # Not after an error: when a peer is gone, saying goodbye would wait for it.
     distributed.destroy_process_group()
