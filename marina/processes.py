@@ -25,6 +25,7 @@ SOCKET_PATH_LIMIT = 100
 """Bytes. A Unix socket's path has at most 107; TorchServe puts `/.ts.sock.NNNNN` behind the temp folder."""
 
 _LEFT_OVER_SECONDS = 5.0
+_PRIORITY_SECONDS = 5.0
 _PREFIX = "marina-"
 _LOCK_FILE = "in-use"
 
@@ -94,8 +95,16 @@ def set_priority(session: int, nice: int) -> None:
     Unlike a process's own niceness it can be raised again by anybody. It does nothing in a container, where the control
     group decides, and where autogroups are off.
     """
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{session}/autogroup").write_text(str(nice))
+    ends = time.monotonic() + _PRIORITY_SECONDS
+    while time.monotonic() < ends:
+        try:
+            Path(f"/proc/{session}/autogroup").write_text(str(nice))
+        except BlockingIOError:  # the kernel lets ordinary users write ten times a second, all together
+            time.sleep(0.02)
+        except OSError:
+            return
+        else:
+            return
 
 
 @contextlib.contextmanager

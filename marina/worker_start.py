@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 NICE = 10
 """A tenth of the weight of a thread that answers (sched(7)): on cores that are busy without end, it gets on all the same."""
 GENTLE_SECONDS = 10.0
-"""For so long a model is loaded at low priority: on cores that are busy without end, a worker must come back too."""
+"""For so long each of the two goes on so, where the priority can be raised again: on busy cores a worker must come back."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,16 +29,19 @@ T = TypeVar("T")
 
 def import_gently(names: Sequence[str]) -> None:
     """Import modules at low priority; what goes wrong is for whoever imports them next."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
 
     def run() -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), usual + NICE)
         for name in names:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
 
     thread = threading.Thread(target=run, name="import")
     thread.start()
+    thread.join(GENTLE_SECONDS)
+    _raise_all(usual)
     thread.join()
 
 
