@@ -10,12 +10,12 @@ import pytest
 
 PROGRAM = """
 import os, subprocess, sys
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setuid(65534)
 sys.path.insert(0, sys.argv[1])
 from marina import processes
 
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setuid(65534)
 sleepers = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(3)]
 try:
     for nice in (6, 0):
