@@ -32,6 +32,7 @@ from typing import Annotated, Any, Self
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from marina import processes
 from marina.errors import ConfigError, PortBusy, ServerError
 
 CONFIG_FILE = Path(__file__).resolve().parent.parent / "deploy" / "gateway" / "haproxy.cfg"
@@ -48,6 +49,8 @@ INSTALL_HAPROXY = "install it: apt-get install --no-install-recommends haproxy (
 _LOADED = "Loading success."
 """What HAProxy's master writes when a new process of it serves."""
 _SIGNAL_SECONDS = 0.2
+_NICE = -5
+"""Three times the weight of a server beside it: whom it refuses is to hear so at once. Only root may (sched(7))."""
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.\-*\[\]:]*:[0-9]{1,5}$", max_length=255)]
@@ -473,8 +476,9 @@ def start_gateway(config: GatewayConfig, log: Path, *, timeout_s: float = 10.0) 
     with log.open("ab") as stream:
         process = subprocess.Popen(
             [program, "-W", "-db", "-f", str(CONFIG_FILE)],
-            env=_environment(config), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+            env=_environment(config), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
+    processes.set_priority(process.pid, _NICE)
     running = RunningGateway(process=process, config=config, log=log)
     deadline = time.monotonic() + timeout_s
     while not _accepts(config.bind):
