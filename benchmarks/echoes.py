@@ -13,7 +13,7 @@ from benchmarks.echo.systems import SYSTEMS
 from benchmarks.measure import Plan
 
 BODY_BYTES = 784
-_WARM_UP_SECONDS = 8.0
+WARM_UP_SECONDS = 8.0
 """java compiles the hot path for that long."""
 
 
@@ -23,6 +23,6 @@ def measure_marina(generator: load.Generator, seconds: float) -> list[dict[str, 
     # A short path: it holds Unix sockets.
     with tempfile.TemporaryDirectory(prefix="echo-", dir="/tmp") as scratch:
         folder = Path(scratch)
-        plan = Plan((1, 64), seconds, _WARM_UP_SECONDS)
+        plan = Plan((1, 64), seconds, WARM_UP_SECONDS)
         found = measure.visit(SYSTEMS["marina"](folder), [body], plan, generator, folder / "output.txt")
     return [dataclasses.asdict(row) for row in found.rows]

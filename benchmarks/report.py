@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from benchmarks import figures
 from benchmarks.errors import BenchmarkError
 from benchmarks.figures import TARGETS, Figure, Summary, Target
-from benchmarks.systems import PLAIN
+from benchmarks.systems import PLAIN, Layout
 
 README = Path(__file__).with_name("README.md")
 _COLOURS = {"marina": "#1b6ca8", "torchserve": "#b23a48", "optimised": "#6a994e", "documented": "#bc9c5a"}
@@ -71,8 +71,15 @@ def figure_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             value = found[target.key]
             number = value.get(part) if isinstance(value, dict) else value
             name = f"{target.says}: {part.replace('_', ' ')}" if part else target.says
+            if target.key == "text_at_64_over_echo":
+                name += _text_layout(record)
             rows.append((name, _number(goal, target.unit), _judged(number, goal, target)))
     return rows
+
+
+def _text_layout(record: Mapping[str, Any]) -> str:
+    """` (1x2, batch 64)`; nothing for a record that does not say."""
+    return next((f" ({Layout(**row['layout'])})" for row in record.get("text", ()) if "layout" in row), "")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -262,15 +262,22 @@ def _echo(bench: Bench, task: Task, record: Record) -> None:
 def _text(bench: Bench, task: Task, record: Record) -> None:
     artifact = text_artifact()
     if artifact is None:
-        raise NotAvailable("there is no text model `agnews` in artifacts/", remedy="train it")
+        raise NotAvailable(
+            "there is no text model `agnews` in artifacts/",
+            remedy="train it: marina train agnews --set data.root=PATH/test.csv",
+        )
     place = dataclasses.replace(bench.place, models={PLAIN: artifact})
-    launch = systems.launch(Setup("marina", "marina", PLAIN), schedule.default_layout(machine.cores()), place)
+    # As it is shipped, which is one worker and batches up to 64, as echo has: the row compares the two.
+    layout = systems.shipped_layout(artifact, machine.cores())
+    launch = systems.launch(Setup("marina", "marina", PLAIN), layout, place)
     bodies = sorted((artifact / "golden").iterdir())
-    plan = Plan((1, 64), bench.profile.burst_seconds, bench.profile.warm_up_seconds)
+    plan = Plan((1, 64), bench.profile.burst_seconds, echoes.WARM_UP_SECONDS)
     launch = dataclasses.replace(launch, encode=systems.text, parse=systems.parse_any)
     log = bench.place.scratch / "text.log"
     found = measure.visit(launch, [body.read_bytes() for body in bodies], plan, bench.generator, log)
-    record.value["text"] += [_rounded(dataclasses.asdict(row)) for row in found.rows]
+    record.value["text"] += [
+        _rounded(dataclasses.asdict(row)) | {"layout": dataclasses.asdict(layout)} for row in found.rows
+    ]
 
 
 def _growth(bench: Bench, task: Task, record: Record) -> None:

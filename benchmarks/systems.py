@@ -8,16 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import environments
-from benchmarks.errors import NotAvailable
+from benchmarks.errors import BenchmarkError, NotAvailable
 from benchmarks.load import Body
 from handlerlib.spec import WEIGHTS_FILE, ModelSpec
-from marina import archive, java, processes, store
+from marina import archive, java, model_config, processes, store, tune_config
 
 Form = Literal["marina", "shipped", "one-thread", "documented", "optimised"]
 PEERS: Mapping[str, str] = {
@@ -200,10 +201,10 @@ def python_path() -> str:
 
 
 def _marina(setup: Setup, layout: Layout, place: Place, folder: Path) -> Launch:
-    packed = folder / f"store-{layout.workers}-{layout.batch}"
     name = ModelSpec.load(place.models[setup.rung]).name
+    packed = folder / f"store-{name}-{layout.workers}-{layout.batch}"
     if not packed.is_dir():
-        _pack(place.models[setup.rung], layout, packed, folder / "handlers")
+        pack(place.models[setup.rung], layout, packed)
     inference, management, metrics, supervisor = processes.free_ports(4)
     options = {
         "--store": packed,
@@ -227,18 +228,39 @@ def _marina(setup: Setup, layout: Layout, place: Place, folder: Path) -> Launch:
     )
 
 
-def _pack(artifact: Path, layout: Layout, target: Path, handlers: Path) -> None:
-    """`marina pack` with the layout in the handler's model-config.yaml."""
-    shutil.rmtree(handlers, ignore_errors=True)
-    shutil.copytree(ROOT / "handlers", handlers, ignore=shutil.ignore_patterns("__pycache__"))
+def shipped_layout(artifact: Path, cores: int) -> Layout:
+    """What `marina pack` would put into the archive."""
+    values = model_config.read(_config(artifact).read_text(encoding="utf-8"))
+    return Layout(values["minWorkers"], max(1, cores // values["minWorkers"]), values["batchSize"])
+
+
+def pack(artifact: Path, layout: Layout, target: Path) -> archive.Archive:
+    """`marina pack` of a copy of the artifact, with the layout in its model-config.yaml. Raises BenchmarkError when the
+    archive has another one.
+    """
     wanted = {"minWorkers": layout.workers, "maxWorkers": layout.workers, "batchSize": layout.batch}
-    config = handlers / f"{ModelSpec.load(artifact).handler}.yaml"
     lines = [
-        f"{key}: {wanted[key]}" if (key := line.partition(":")[0]) in wanted else line
-        for line in config.read_text().splitlines()
+        f"{key}: {wanted[key]}" if (key := line.partition(":")[0].strip()) in wanted else line
+        for line in _config(artifact).read_text(encoding="utf-8").splitlines()
     ]
-    config.write_text("\n".join(lines) + "\n")
-    store.publish(target, archive.pack(artifact, handlers=handlers, destination=target))
+    with tempfile.TemporaryDirectory(prefix=".copy-", dir=target.parent) as scratch:
+        copied = Path(scratch) / artifact.name
+        shutil.copytree(artifact, copied)
+        tune_config.write_override(copied, "\n".join(lines) + "\n")
+        packed = archive.pack(copied, handlers=ROOT / "handlers", destination=target)
+    found = model_config.read(tune_config.config_of(packed.path))
+    if {key: found[key] for key in wanted} != wanted:
+        raise BenchmarkError(
+            f"{packed.path} has not the layout {layout}", remedy=f"one key per line: {_config(artifact)}"
+        )
+    store.publish(target, packed)
+    return packed
+
+
+def _config(artifact: Path) -> Path:
+    """The model-config.yaml that counts: the artifact's own, such as `marina tune` writes, or else the handler's."""
+    own = artifact / model_config.CONFIG_FILE
+    return own if own.is_file() else ROOT / "handlers" / f"{ModelSpec.load(artifact).handler}.yaml"
 
 
 def _torchserve(setup: Setup, place: Place, folder: Path) -> Launch:

@@ -233,6 +233,8 @@ class Autoscaler:
         known.queue.append((now, pending, sum(accepted.get(name, 0) for name in names)))
         seen = self._observed(key, known, status, pending, now)
         known.seen = seen
+        if known.cost is None:  # while there is a worker to measure: one that sleeps shows nothing
+            self._measure(known, status, now)
         if now < known.next_try:
             return
         memory = ""
@@ -334,7 +336,7 @@ class Autoscaler:
         workers = [worker for status in statuses.values() for worker in status.workers if worker.ready]
         for other, version in self._versions.items():
             if other in statuses:
-                self._measure(version, statuses[other], len([worker for worker in workers if worker.gpu]), now)
+                self._measure(version, statuses[other], now)
         if known.cost is None:
             return None, ""
         loading = sum(
@@ -350,14 +352,25 @@ class Autoscaler:
             words += f", {loading / 2**20:.0f} MiB of it for workers that load"
         return free.room(known.cost, loading=loading), words
 
-    def _measure(self, version: _Version, status: ModelStatus, on_gpu: int, now: float) -> None:
+    def _measure(self, version: _Version, status: ModelStatus, now: float) -> None:
         if version.cost is not None and now - version.cost_at < COST_SECONDS:
             return
-        pids = [worker.pid for worker in status.workers if worker.ready]
-        gpu_workers = on_gpu if any(worker.gpu for worker in status.workers) else 0
-        found = autoscale_memory.cost(pids, gpu_workers=gpu_workers) if pids else None
+        ready = [worker for worker in status.workers if worker.ready]
+        if not ready:
+            return
+        gpu_workers = self._gpu_workers() if any(worker.gpu for worker in ready) else 0
+        found = autoscale_memory.cost([worker.pid for worker in ready], gpu_workers=gpu_workers)
         if found is not None:
             version.cost, version.cost_at = found, now
+
+    def _gpu_workers(self) -> int:
+        """Ready ones of all versions."""
+        found = 0
+        for model in self._models():
+            with contextlib.suppress(ClientError):
+                workers = self._management.describe(model.name, model.version).workers
+                found += sum(worker.ready and worker.gpu for worker in workers)
+        return found
 
     def _tell_limit(self, key: Key, known: _Version, decision: Decision, memory: str) -> None:
         """Once, until it is over."""
@@ -412,6 +425,8 @@ class Autoscaler:
         """Take workers away once they have nothing in hand."""
         status = self._management.describe(*key)
         surplus = [worker.pid for worker in status.workers[workers:]]
+        if not workers:
+            self._measure(known, status, time.monotonic())
         with contextlib.ExitStack() as held:
             parking = held.enter_context(Parking(self._url, *key))
             if not parking.supported():

@@ -45,8 +45,13 @@ def register(app: typer.Typer) -> None:
 def bench(
     target: Annotated[str, typer.Argument(help="A URL, or a served model: NAME or NAME:VERSION.")],
     connections: Annotated[
-        str, typer.Option("--connections", "-c", help="Connections of a closed loop; several: 1,8,32.")
-    ] = "8",
+        str | None,
+        typer.Option(
+            "--connections",
+            "-c",
+            help="Of a closed loop, 8 by default; several: 1,8,32. Beside --rate: at most so many.",
+        ),
+    ] = None,
     rate: Annotated[
         str | None, typer.Option("--rate", "-r", help="Open loop instead: requests per second; several: 50,100.")
     ] = None,
@@ -283,14 +288,18 @@ def _golden(store: Path, name: str, version: str | None) -> Load:
     return load_payloads.from_archive(item.path)
 
 
-def _loops(connections: str, rate: str | None, arrivals: Literal["constant", "poisson"]) -> list[Closed | Open]:
-    counts = [int(number) for number in _numbers("--connections", connections)]
+def _loops(connections: str | None, rate: str | None, arrivals: Literal["constant", "poisson"]) -> list[Closed | Open]:
+    counts = [int(number) for number in _numbers("--connections", connections)] if connections is not None else []
     if any(count < 1 for count in counts):
         raise typer.BadParameter("at least 1 connection", param_hint="--connections")
     if rate is None:
-        return [Closed(connections=count) for count in counts]
-    most = counts[0] if connections != "8" else Open(rate=1.0).connections
-    return [Open(rate=number, arrivals=arrivals, connections=most) for number in _numbers("--rate", rate)]
+        return [Closed(connections=count) for count in counts or [8]]
+    if len(counts) > 1:
+        raise typer.BadParameter("one number only beside --rate: the most connections", param_hint="--connections")
+    rates = _numbers("--rate", rate)
+    if not counts:
+        return [Open(rate=number, arrivals=arrivals) for number in rates]
+    return [Open(rate=number, arrivals=arrivals, connections=counts[0]) for number in rates]
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -188,10 +188,11 @@ class _Counted:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         status = int(entry["status"])
-        if status < 0 or status == 429:
+        refused = status == 429
+        if status < 0 or (refused and entry["replica"] in ("", "-")):
             return  # the client left, or the gateway let nobody in: neither is the version's doing
         self.answers += 1
-        if status >= 500:
+        if status >= 500 or refused:  # a replica refuses when the version's own queue is full or it has no worker
             self.errors += 1
         else:
             self.latencies_ms.append(float(entry["total_ms"]) - max(0.0, float(entry["request_ms"])))

@@ -41,7 +41,7 @@ def doctor(
         raise typer.BadParameter("--log-only needs --log FILE")
     screen = Screen(as_json)
     found = examine.read_log(log) if log is not None and log_only else examine.examine(find_home(), log=log)
-    repaired = _repair(found) if fix else []
+    repaired = _repair(found, screen) if fix else []
     faults = [finding for finding in found if finding.severity == "fault" and finding not in repaired]
     screen.result(
         {
@@ -57,11 +57,17 @@ def doctor(
         raise typer.Exit(faults[0].exit_code)
 
 
-def _repair(found: Sequence[Finding]) -> list[Finding]:
+def _repair(found: Sequence[Finding], screen: Screen) -> list[Finding]:
+    """Those that were repaired; of the others it is said why not."""
     repaired = []
     for finding in found:
-        if finding.repair is not None:
+        if finding.repair is None:
+            continue
+        try:
             finding.repair.run()
+        except OSError as error:
+            screen.say(f"not done: {finding.repair.what}: {error.strerror}")
+        else:
             repaired.append(finding)
     return repaired
 

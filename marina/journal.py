@@ -7,6 +7,7 @@ after it on to the second. So a reader needs the last rollout's lines only; olde
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -68,7 +69,8 @@ class Journal:
         after: Mapping[str, Any] | None,
         published: str | None = None,
     ) -> Begun:
-        """From here on a kill leaves something `unfinished`."""
+        """From here on a kill leaves something `unfinished`. This and every line after it raise StoreError when it cannot be
+        written."""
         self._make_room()
         self._rollout = uuid.uuid4().hex[:12]
         self._append("begin", action=action, name=name, before=before, after=after, published=published)
@@ -125,16 +127,13 @@ class Journal:
     def _append(self, event: Event, **fields: Any) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"at": at, "rollout": self._rollout, "event": event, **fields}, ensure_ascii=False)
-        created = not self._path.exists()
-        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            _drop_torn_line(descriptor)
-            os.write(descriptor, line.encode() + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if created:
-            sync_folder(self._path.parent)
+            _append_line(self._path, line.encode() + b"\n")
+        except OSError as error:
+            raise StoreError(
+                f"{self._path} cannot be written: {error.strerror}",
+                remedy="make room on its disk, or allow it; then: marina recover",
+            ) from error
 
     def _read(self) -> list[dict[str, Any]]:
         try:
@@ -165,6 +164,20 @@ class Journal:
         """Only before a rollout: what is moved away is all finished."""
         if self._path.exists() and self._path.stat().st_size > MOST_BYTES:
             self._path.replace(self._path.with_name(OLDER_FILE))
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    created = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _drop_torn_line(descriptor)
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if created:
+        sync_folder(path.parent)
 
 
 def _drop_torn_line(descriptor: int) -> None:

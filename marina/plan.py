@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -37,10 +38,12 @@ from marina.client import ModelStatus
 from marina.errors import ConfigError
 from marina.gates import Gates
 from marina.remote import Target
-from marina.rollout import has_workers
+from marina.rollout import batching_of, has_workers, is_stale
 from marina.serving import TRIAL_SUFFIX, ModelServing, Name, Previous, Serving, Version, Workers
 
 PLAN_FILE = "deploy.toml"
+_SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=5", "-oServerAliveInterval=5", "-oServerAliveCountMax=3")
+"""A host that does not answer, or stops to, is an error within seconds."""
 
 
 class _Frozen(BaseModel):
@@ -117,7 +120,7 @@ class Host(_Frozen):
     @property
     def elsewhere(self) -> tuple[str, ...] | None:
         """How Marina is called there; None: it is this process."""
-        return ("ssh", "-oBatchMode=yes", self.ssh, "marina") if self.ssh else self.program
+        return (*_SSH, self.ssh, "marina") if self.ssh else self.program
 
 
 class Desired(_Frozen):
@@ -220,13 +223,20 @@ class Difference:
     replica: str
     model: str
     what: str
-    """`default`, or `VERSION workers`."""
+    """`default`, `VERSION workers`, `VERSION batch`, or `model` for one that is not in the file."""
     wanted: str
     found: str
 
 
-def differences(replica: str, name: str, plan: ModelPlan, seen: Sequence[ModelStatus]) -> list[Difference]:
-    """Between what is meant of a model and what one replica serves."""
+def differences(
+    replica: str,
+    name: str,
+    plan: ModelPlan,
+    seen: Sequence[ModelStatus],
+    batching: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> list[Difference]:
+    """Between what is meant of a model and what one replica serves; `batching` is what the archives ask for
+    (`store.batching`)."""
     found = {status.version: status for status in seen if status.name == name}
     default = next((version for version, status in found.items() if status.default), "none")
     rows = []
@@ -244,9 +254,27 @@ def differences(replica: str, name: str, plan: ModelPlan, seen: Sequence[ModelSt
                     _count(status is not None, _seen(status)),
                 )
             )
+        if status is not None and version in plan.versions and is_stale(status, batching):
+            rows.append((f"{version} batch", _batch(batching[version]), _batch(batching_of(status))))
     return [
         Difference(replica=replica, model=name, what=what, wanted=wanted, found=seen) for what, wanted, seen in rows
     ]
+
+
+def not_in_file(
+    replica: str, meant: Collection[str], known: Serving | None, seen: Sequence[ModelStatus]
+) -> list[Difference]:
+    """Models that neither the file names nor a rollout has left there; those of the tuner go by themselves."""
+    rolled_out = known.models if known is not None else {item.name for item in seen}
+    names = {item.name for item in seen if not item.name.endswith(TRIAL_SUFFIX)} - {*meant, *rolled_out}
+    return [
+        Difference(replica=replica, model=name, what="model", wanted="not served", found="served")
+        for name in sorted(names)
+    ]
+
+
+def _batch(values: tuple[int, int]) -> str:
+    return f"{values[0]}, {values[1]} ms"
 
 
 def _seen(status: ModelStatus | None) -> int:

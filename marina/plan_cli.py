@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +35,10 @@ INCOMING = "incoming"
 _ELSEWHERE_SECONDS = 1800.0
 _WAITS = (2.0, 5.0, 10.0, 30.0)
 """Seconds after one failed repair to the next one."""
+_MOST_HOSTS = 64
+"""Asked at once."""
+_LOOK_SECONDS = 0.2
+"""Between two looks of --watch at the clock and at hosts that have answered."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="[FILE]", help="What is to be served; - reads standard input.")]
@@ -50,7 +57,7 @@ def register(app: typer.Typer) -> None:
 def plan(file: PlanFile = Path(PLAN_FILE), host: HostName = None, here: Here = False, as_json: Json = False) -> None:
     """What `marina apply` would do, host by host, without doing it."""
     screen = Screen(as_json)
-    hosts = _each(screen, _read(file, host, here), _Call("plan"), lambda name, desired: _planned(name, desired).actions)
+    hosts = _each(screen, _read(file, host, here), "plan", _plan_for_sender if here else _plan_here)
     screen.table(
         ("host", "action"), [(name, action) for name, found in hosts.items() for action in found.get("actions", ())]
     )
@@ -68,13 +75,7 @@ def diff(
 ) -> None:
     """What is served otherwise than the file says."""
     screen = Screen(as_json)
-    hosts = _each(
-        screen,
-        _read(file, host, here),
-        _Call("diff"),
-        lambda name, desired: [dataclasses.asdict(item) for item in _planned(name, desired).differences],
-        key="differences",
-    )
+    hosts = _each(screen, _read(file, host, here), "diff", _diff_here)
     rows = [(name, item) for name, found in hosts.items() for item in found.get("differences", ())]
     screen.table(
         ("host", "replica", "model", "what", "wanted", "found"),
@@ -97,11 +98,17 @@ def apply(
     """Have every host serve exactly what the file says. A second time it changes nothing.
 
     A new default version is tried like `marina deploy` does; what only differs on the servers is brought back at once.
+    A model that is not in the file is retired, unless a rollout of its own (`marina deploy`) has brought it.
     """
     screen = Screen(as_json)
     if watch:
         _watch(screen, file, host, here, every, python)
-    hosts = _apply(screen, _read(file, host, here), python)
+    desired = _read(file, host, here)
+    try:
+        hosts = _apply(screen, desired, python)
+    finally:
+        if here:
+            _clear_incoming(desired)
     _end(screen, hosts, "actions", "nothing to change")
 
 
@@ -129,14 +136,6 @@ def receive(
 # ---------------------------------------------------------------------------------------------------------- every host
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """How the same command is called on another host."""
-
-    command: str
-    options: tuple[str, ...] = ()
-
-
 @dataclass(slots=True)
 class _Planned:
     """One host compared with the file."""
@@ -148,6 +147,10 @@ class _Planned:
     actions: list[str] = field(default_factory=list)
     models: dict[str, bool] = field(default_factory=dict)
     """What is to be changed, and whether with a trial."""
+    strangers: list[str] = field(default_factory=list)
+    """Models to be retired: neither the file nor a rollout asks for them."""
+    left: list[str] = field(default_factory=list)
+    """What differs and is left as it is, in words."""
 
 
 def _read(file: Path, host: str | None, here: bool) -> Desired:
@@ -167,30 +170,57 @@ def _read(file: Path, host: str | None, here: bool) -> Desired:
 def _each(
     screen: Screen,
     desired: Desired,
-    call: _Call,
-    at_hand: Callable[[str, Desired], Sequence[Any]],
-    *,
-    key: str = "actions",
+    command: str,
+    at_hand: Callable[[str, Desired], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Do it for every host; one that fails does not stop the others."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in desired.hosts or {"": Host()}:
-        elsewhere = desired.hosts[name].elsewhere if name else None
+    """Do it for every host, at once for those elsewhere; one that fails does not stop the others."""
+
+    def one(name: str) -> dict[str, Any]:
+        elsewhere = _elsewhere(desired, name)
         try:
-            found[name] = (
-                {key: list(at_hand(name, desired))} if elsewhere is None else _ask(elsewhere, name, desired, call)
-            )
+            return at_hand(name, desired) if elsewhere is None else _ask(elsewhere, name, desired, command)
         except MarinaError as error:
             screen.note(f"{name or 'here'}: {error}")
-            found[name] = {"error": str(error), "remedy": error.remedy, "exit_code": error.exit_code}
-    return found
+            return {"error": str(error), "remedy": error.remedy, "exit_code": error.exit_code}
+
+    names = tuple(desired.hosts) or ("",)
+    with ThreadPoolExecutor(_MOST_HOSTS) as pool:
+        asked = {name: pool.submit(one, name) for name in names if _elsewhere(desired, name) is not None}
+        # Here in the main thread: it is the one that Ctrl-C interrupts.
+        done = {name: one(name) for name in names if name not in asked}
+        return {name: done[name] if name in done else asked[name].result() for name in names}
 
 
-def _ask(program: Sequence[str], name: str, desired: Desired, call: _Call) -> dict[str, Any]:
-    """Let the Marina of another host do it."""
-    models = _archives_there(program, name, desired, call)
+def _elsewhere(desired: Desired, name: str) -> tuple[str, ...] | None:
+    return desired.hosts[name].elsewhere if name else None
+
+
+def _ask(program: Sequence[str], name: str, desired: Desired, command: str) -> dict[str, Any]:
+    """Let the Marina of another host do it. Archives travel only when something is to be changed."""
+    planned = _ask_with(
+        program, name, desired, "plan" if command == "apply" else command, _archives_there(desired, name)
+    )
+    holds = planned.pop("holds", {})
+    if command != "apply" or not planned["actions"]:
+        return planned
+
+    def send(key: str, archive: Path) -> Path | None:
+        if key in holds and not archive.exists():
+            return None
+        data = _read_archive(archive)
+        digest = hashlib.sha256(data).hexdigest()
+        if holds.get(key) == digest:
+            return None
+        return Path(_call(program, ("receive", archive.name, digest), data, name)["archive"])
+
+    return _ask_with(program, name, desired, command, _archives_there(desired, name, send))
+
+
+def _ask_with(
+    program: Sequence[str], name: str, desired: Desired, command: str, models: Mapping[str, ModelPlan]
+) -> dict[str, Any]:
     text = desired.model_copy(update={"models": models, "hosts": {name: desired.hosts[name]}}).model_dump_json()
-    answer = _call(program, (call.command, "-", "--host", name, "--here", "--json", *call.options), text.encode(), name)
+    answer = _call(program, (command, "-", "--host", name, "--here", "--json"), text.encode(), name)
     found = answer.get("hosts", {}).get(name)
     if not isinstance(found, dict):
         raise ClientError(
@@ -201,20 +231,38 @@ def _ask(program: Sequence[str], name: str, desired: Desired, call: _Call) -> di
     return found
 
 
-def _archives_there(program: Sequence[str], name: str, desired: Desired, call: _Call) -> Mapping[str, ModelPlan]:
-    """The models with archives that lie on the other host; sent when it is to serve them."""
+def _archives_there(
+    desired: Desired, name: str, send: Callable[[str, Path], Path | None] = lambda key, archive: None
+) -> Mapping[str, ModelPlan]:
+    """The models with archives that lie on the other host, where `send` says."""
     models = {}
     for model, item in desired.on(name).items():
-        versions = {}
-        for version, one in item.versions.items():
-            archive = one.archive
-            if archive is not None and call.command == "apply":
-                data = archive.read_bytes()
-                sent = _call(program, ("receive", archive.name, hashlib.sha256(data).hexdigest()), data, name)
-                archive = Path(sent["archive"])
-            versions[version] = one.model_copy(update={"archive": archive})
+        versions = {
+            version: one.model_copy(update={"archive": one.archive and send(f"{model}:{version}", one.archive)})
+            for version, one in item.versions.items()
+        }
         models[model] = item.model_copy(update={"versions": versions})
     return models
+
+
+def _read_archive(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"the archive {path} cannot be read: {error.strerror}", remedy="correct `archive` in the file, or pack it"
+        ) from error
+
+
+def _clear_incoming(desired: Desired) -> None:
+    """What was sent is in the store by now, or of no use."""
+    folder = find_home().store / INCOMING
+    for item in desired.models.values():
+        for one in item.versions.values():
+            if one.archive is not None and one.archive.parent == folder:
+                one.archive.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _call(program: Sequence[str], arguments: Sequence[str], given: bytes, name: str) -> dict[str, Any]:
@@ -235,6 +283,8 @@ def _call(program: Sequence[str], arguments: Sequence[str], given: bytes, name: 
 def _end(screen: Screen, hosts: Mapping[str, Mapping[str, Any]], key: str, nothing: str) -> None:
     failed = {name: found for name, found in hosts.items() if "error" in found}
     changed = any(found.get(key) for found in hosts.values())
+    for line in _left(hosts):
+        screen.note(line)
     screen.result({"changed": changed, "hosts": dict(hosts)})
     if not changed and not failed:
         screen.say(nothing)
@@ -245,7 +295,37 @@ def _end(screen: Screen, hosts: Mapping[str, Mapping[str, Any]], key: str, nothi
         raise typer.Exit(next(iter(failed.values())).get("exit_code", ClientError.exit_code))
 
 
+def _left(hosts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [f"{f'{name}: ' if name else ''}{line}" for name, found in hosts.items() for line in found.get("left", ())]
+
+
 # ----------------------------------------------------------------------------------------------------------- this host
+
+
+def _plan_here(name: str, desired: Desired) -> dict[str, Any]:
+    planned = _planned(name, desired)
+    return _found("actions", planned.actions, planned)
+
+
+def _plan_for_sender(name: str, desired: Desired) -> dict[str, Any]:
+    """With the SHA-256 of every archive here, by NAME:VERSION: these need not be sent."""
+    planned = _planned(name, desired)
+    index = model_store.read_index(planned.reached.store)["archives"]
+    holds = {
+        f"{entry['name']}:{entry['version']}": entry["sha256"]
+        for file_name, entry in index.items()
+        if (planned.reached.store / file_name).is_file()
+    }
+    return {**_found("actions", planned.actions, planned), "holds": holds}
+
+
+def _diff_here(name: str, desired: Desired) -> dict[str, Any]:
+    planned = _planned(name, desired)
+    return _found("differences", [dataclasses.asdict(item) for item in planned.differences], planned)
+
+
+def _found(key: str, values: list[Any], planned: _Planned) -> dict[str, Any]:
+    return {key: values} | ({"left": planned.left} if planned.left else {})
 
 
 def _planned(name: str, desired: Desired) -> _Planned:
@@ -258,25 +338,52 @@ def _planned(name: str, desired: Desired) -> _Planned:
     planned = _Planned(reached, seen, serving.read(reached.store))
     for model, item in desired.on(name).items():
         _plan_model(planned, model, item)
+    _plan_strangers(planned, desired.on(name))
     return planned
 
 
-def _plan_model(planned: _Planned, name: str, item: ModelPlan) -> None:
+def _plan_strangers(planned: _Planned, meant: Collection[str]) -> None:
     rows = [
         row
         for replica, status in zip(planned.reached.replicas, planned.seen, strict=True)
-        for row in plans.differences(replica.name, name, item, status)
+        for row in plans.not_in_file(replica.name, meant, planned.known, status)
+    ]
+    planned.differences += rows
+    planned.strangers = sorted({row.model for row in rows})
+    planned.actions += [_words(row) for row in rows]
+    served = {item.name for status in planned.seen for item in status if not item.name.endswith(serving.TRIAL_SUFFIX)}
+    for name in sorted(served - {*meant, *planned.strangers}):
+        planned.left.append(f"{name} is served and not in the file; it was rolled out by itself, and is left as it is")
+
+
+def _words(row: Difference) -> str:
+    return f"{row.replica}: {row.model}: {row.what}: {row.found} -> {row.wanted}"
+
+
+def _plan_model(planned: _Planned, name: str, item: ModelPlan) -> None:
+    batching = model_store.batching(planned.reached.store, name)
+    rows = [
+        row
+        for replica, status in zip(planned.reached.replicas, planned.seen, strict=True)
+        for row in plans.differences(replica.name, name, item, status, batching)
     ]
     tried = plans.is_new_default(name, item, planned.known, planned.seen[0])
     held = planned.known.models.get(name) if planned.known is not None else None
     planned.differences += rows
+    stale = [row for row in rows if row.what.endswith(" batch")]
+    if {row.what for row in stale} == {f"{version} batch" for version in item.versions}:
+        planned.left += [
+            f"{_words(row)}: left, since no other version could answer while it is registered again; restart that server"
+            for row in stale
+        ]
+        rows = [row for row in rows if row not in stale]
     if not rows and held == plans.target(item, held):
         return
     planned.models[name] = tried
     if tried:
         planned.actions.append(f"deploy {name}:{item.default}, tried beside {held.default if held else 'none'}")
         rows = [row for row in rows if row.what not in ("default", f"{item.default} workers")]
-    planned.actions += [f"{row.replica}: {name}: {row.what}: {row.found} -> {row.wanted}" for row in rows]
+    planned.actions += [_words(row) for row in rows]
     if not rows and not tried:
         planned.actions.append(f"{name}: {serving.SERVING_FILE} says what is served")
 
@@ -284,18 +391,20 @@ def _plan_model(planned: _Planned, name: str, item: ModelPlan) -> None:
 def _apply(screen: Screen, desired: Desired, python: str, *, patient: bool = False) -> dict[str, dict[str, Any]]:
     """With `patient`, a host on which another rollout is at work is left alone."""
 
-    def at_hand(name: str, wanted: Desired) -> Sequence[str]:
+    def at_hand(name: str, wanted: Desired) -> dict[str, Any]:
         planned = _planned(name, wanted)
         if patient and serving.in_progress(planned.reached.store):
-            return ()
+            return {"actions": []}
         rollout = _rollout(screen, planned.reached, wanted, python)
         if rollout.recover():
             planned = _planned(name, wanted)
         for model, tried in planned.models.items():
             _apply_model(rollout, planned.reached, model, wanted.models[model], tried=tried)
-        return planned.actions
+        for model in planned.strangers:
+            rollout.remove(model)
+        return _found("actions", planned.actions, planned)
 
-    return _each(screen, desired, _Call("apply"), at_hand)
+    return _each(screen, desired, "apply", at_hand)
 
 
 def _rollout(screen: Screen, reached: Reached, desired: Desired, python: str) -> Rollout:
@@ -324,20 +433,66 @@ def _in_store(store: Path, key: str) -> bool:
 
 
 def _watch(screen: Screen, file: Path, host: str | None, here: bool, every: float, python: str) -> None:
-    """Look, repair, look again. What fails is told and tried again, later each time."""
+    """Look, repair, look again, at each host in its own time. What fails is told and tried again, later each time."""
     if str(file) == "-":
         raise ConfigError("--watch reads the file again and again", remedy="give it as a file")
     screen.say(f"watching {file}; Ctrl-C ends it")
-    failures = 0
-    while True:
-        try:
-            hosts = _apply(screen, _read(file, host, here), python, patient=True)
-        except MarinaError as error:  # the file is being written, for example
-            screen.note(str(error))
-            hosts = {"": {"error": str(error)}}
-        for name, found in hosts.items():
-            for action in found.get("actions", ()):
-                screen.say(f"{f'{name}: ' if name else ''}repaired: {action}")
-        failed = any("error" in found for found in hosts.values())
-        failures = failures + 1 if failed else 0
-        time.sleep(_WAITS[min(failures, len(_WAITS)) - 1] if failed else every)
+    watched: dict[str, _Watched] = {}
+    with ThreadPoolExecutor(_MOST_HOSTS) as pool:
+        while True:
+            try:
+                desired = _read(file, host, here)
+            except MarinaError as error:  # the file is being written, for example
+                screen.note(str(error))
+                time.sleep(max(every, _WAITS[0]))
+                continue
+            for name in desired.hosts or ("",):
+                one = desired.model_copy(update={"hosts": {name: desired.hosts[name]}}) if name else desired
+                found = watched.setdefault(name, _Watched()).look(
+                    partial(_apply, screen, one, python, patient=True),
+                    pool if _elsewhere(desired, name) is not None else None,
+                    every,
+                )
+                _tell(screen, name, found, watched[name])
+            time.sleep(min(every, _LOOK_SECONDS))
+
+
+@dataclass(slots=True)
+class _Watched:
+    """One host, as --watch has it."""
+
+    due: float = 0.0
+    """When to look again, by time.monotonic()."""
+    failures: int = 0
+    """In a row."""
+    told: set[str] = field(default_factory=set)
+    """What was said to be left as it is."""
+    running: Future[dict[str, dict[str, Any]]] | None = None
+
+    def look(
+        self, apply: Callable[[], dict[str, dict[str, Any]]], pool: ThreadPoolExecutor | None, every: float
+    ) -> Mapping[str, Any]:
+        """Begin a repair when it is due; what the one begun last has found, once. Without a `pool`, here and now."""
+        if self.running is None:
+            if time.monotonic() < self.due:
+                return {}
+            self.running = Future() if pool is None else pool.submit(apply)
+            if pool is None:
+                self.running.set_result(apply())
+        if not self.running.done():
+            return {}
+        (found,) = self.running.result().values()
+        self.running = None
+        self.failures = self.failures + 1 if "error" in found else 0
+        self.due = time.monotonic() + (_WAITS[min(self.failures, len(_WAITS)) - 1] if self.failures else every)
+        return found
+
+
+def _tell(screen: Screen, name: str, found: Mapping[str, Any], watched: _Watched) -> None:
+    for action in found.get("actions", ()):
+        screen.say(f"{f'{name}: ' if name else ''}repaired: {action}")
+    if found:
+        left = {*_left({name: found})}
+        for line in sorted(left - watched.told):
+            screen.note(line)
+        watched.told = left

@@ -109,12 +109,15 @@ def set_priority(session: int, nice: int) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and a lost terminal are KeyboardInterrupt, as Ctrl-C is: what was begun is taken back."""
+    """SIGTERM and a lost terminal are KeyboardInterrupt, as Ctrl-C is: what was begun is taken back.
+
+    What is ignored already stays so: `nohup` means a lost terminal to change nothing.
+    """
 
     def interrupt(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

@@ -67,9 +67,10 @@ class Quarantine:
         self._suspects: dict[int, float] = {}
         self._refused: dict[str, int] = {}
         """SHA-256 -> mark, which stays a suspect's so that workers look closely."""
+        self._unpublished = ""
         descriptor = os.open(self._folder / "state", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(descriptor, mmap.PAGESIZE)
+            os.posix_fallocate(descriptor, 0, mmap.PAGESIZE)  # as the workers do it
             self._state = mmap.mmap(descriptor, mmap.PAGESIZE)
         finally:
             os.close(descriptor)
@@ -78,6 +79,11 @@ class Quarantine:
     def refused(self) -> int:
         """Inputs that are refused."""
         return len(self._refused)
+
+    @property
+    def unpublished(self) -> str:
+        """Why the workers do not know the lists yet, a full disk perhaps; empty when they do. `tidy` tries again."""
+        return self._unpublished
 
     def record(self, pid: int) -> Record | None:
         """None when this worker keeps none: its handler is not one of Marina's, or it has not been asked yet."""
@@ -114,7 +120,7 @@ class Quarantine:
             path.unlink(missing_ok=True)
         ends = time.monotonic() - _SUSPECT_SECONDS
         self._suspects = {mark: since for mark, since in self._suspects.items() if since > ends}
-        if len(self._suspects) != before:
+        if self._unpublished or len(self._suspects) != before:
             self._publish()
 
     def close(self) -> None:
@@ -125,8 +131,13 @@ class Quarantine:
         marks = sorted({*self._suspects, *self._refused.values()})
         lists = {"suspects": [f"{mark:016x}" for mark in marks], "refused": sorted(self._refused)}
         partial = self._folder / ".list.json"
-        partial.write_text(json.dumps(lists))
-        partial.replace(self._folder / "list.json")
+        try:
+            partial.write_text(json.dumps(lists))
+            partial.replace(self._folder / "list.json")
+        except OSError as error:
+            self._unpublished = str(error)
+            return
+        self._unpublished = ""
         (generation,) = _GENERATION.unpack_from(self._state)
         _GENERATION.pack_into(self._state, 0, generation + 1)
 

@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class Rollout:
         self._front = front
         self._trial = trial or Trial()
         self._journal = Journal(store)
+        self._settling = False
 
     def deploy(
         self, archive: Path, *, workers: int | None = None, retire: bool = False, keep: Collection[str] = ()
@@ -185,12 +186,17 @@ class Rollout:
 
     def bring(self, name: str, target: ModelServing) -> Outcome:
         """Have every replica serve exactly this of a model, whatever it serves now: what is missing is loaded first, then
-        the default is set, then what is too much is retired. No trial: it is for versions that were accepted before."""
+        the default is set, then what is too much is retired. No trial: it is for versions that were accepted before.
+
+        A version that was registered with another batch than its archive's is registered again, as long as another one
+        of the target can answer meanwhile.
+        """
         with self._alone():
-            known = serving.read(self._store) or Serving()
+            known = self._known()
             after = Serving(models={**known.models, name: target})
             model_store.select(self._store, [f"{name}:{version}" for version in target.versions])
             with self._journaled("apply", name, known, after):
+                self._set_stale_aside(known, name, target)
                 for replica in self._replicas:
                     self._bring_up(replica, name, target, prove=True)
                 # What is about to go is not expected any more: else each replica would be out of service until it is over.
@@ -199,6 +205,15 @@ class Rollout:
                     self._take_down(replica, name, target, None)
                 self._journal.commit()
             return _outcome(after, name)
+
+    def remove(self, name: str) -> bool:
+        """Retire a model that no rollout has left there, after its last request; whether there was one to retire."""
+        with self._alone():
+            if name in self._known().models:
+                return False
+            for replica in self._replicas:
+                self._take_down(replica, name, None, None)
+            return True
 
     def add(self, archive: Path) -> Archive:
         """Verify an archive and put it into the store, without serving it. Raises ArchiveError."""
@@ -357,6 +372,32 @@ class Rollout:
     def _written(self) -> Serving:
         return serving.read(self._store) or Serving()
 
+    def _known(self) -> Serving:
+        """The file; before there is one, what is served now counts as meant."""
+        return serving.read(self._store) or serving.adopted(None, self._replicas[0].status())
+
+    def _set_stale_aside(self, known: Serving, name: str, target: ModelServing) -> None:
+        """TorchServe changes a batch only by registering again: have the other versions answer, and retire those."""
+        meant = model_store.batching(self._store, name)
+        stale = {
+            replica.name: {item.version for item in replica.status() if item.name == name and is_stale(item, meant)}
+            for replica in self._replicas
+        }
+        left = {
+            version: workers
+            for version, workers in target.versions.items()
+            if not any(version in found for found in stale.values())
+        }
+        if len(left) == len(target.versions) or not left:
+            return
+        default = target.default if target.default in left else max(left, key=model_store.version_key)
+        meanwhile = ModelServing(default=default, versions=left, autoscale=target.autoscale)
+        for replica in self._replicas:
+            self._bring_up(replica, name, meanwhile, prove=True)
+        serving.write(self._store, Serving(models={**known.models, name: meanwhile}))
+        for replica in self._replicas:
+            self._take_down(replica, name, meanwhile, stale[replica.name])
+
     def _bring_up(self, replica: Replica, name: str, target: ModelServing, *, prove: bool = False) -> None:
         """One replica to have what the target state of a model has."""
         found = {item.version: item for item in replica.status() if item.name == name}
@@ -399,7 +440,7 @@ class Rollout:
         """Take it back, or finish it. Raises the first error when a replica cannot be brought there."""
         self._journal.go_on(begun)
         way = "is finished" if begun.committed else "is taken back"
-        self._report(Step(what=f"a killed {begun.words} {way}", where="", seconds=0.0))
+        self._tell(Step(what=f"a killed {begun.words} {way}", where="", seconds=0.0))
         with _undisturbed():
             failed = self._settle(begun)
         if failed:
@@ -414,6 +455,13 @@ class Rollout:
 
         Each is tried, whatever happens to the others. The journal ends only when none failed.
         """
+        self._settling = True
+        try:
+            return self._settle_each(begun)
+        finally:
+            self._settling = False
+
+    def _settle_each(self, begun: Begun) -> list[str]:
         done = len(self.steps)
         before, after = serving.state_of(begun.before), serving.state_of(begun.after)
         target = after if begun.committed else before
@@ -433,15 +481,18 @@ class Rollout:
             self._write_settled(begun, prefix)
         failed = [f"{step.what} {step.where}: {step.error}" for step in self.steps[done:] if step.error]
         if not failed and begun.published and not begun.committed:
-            with contextlib.suppress(OSError), self._step(f"{prefix}: remove {begun.published}"):
-                (self._store / begun.published).unlink(missing_ok=True)
+            with contextlib.suppress(MarinaError, OSError), self._step(f"{prefix}: remove {begun.published}"):
+                model_store.forget(self._store, begun.published)
         if not failed:
-            self._journal.end("done" if begun.committed else "reverted")
+            try:
+                self._journal.end("done" if begun.committed else "reverted")
+            except StoreError as error:
+                failed.append(str(error))
         return failed
 
     def _write_settled(self, begun: Begun, prefix: str) -> None:
         with contextlib.suppress(MarinaError, OSError), self._step(f"{prefix}: {serving.SERVING_FILE}"):
-            serving.write(self._store, serving.settled(serving.read(self._store), begun))
+            serving.write(self._store, serving.settled(self._known(), begun))
 
     @contextlib.contextmanager
     def _journaled(
@@ -453,15 +504,15 @@ class Rollout:
         )
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
             self._fail(begun, error)
             raise
         else:
             self._journal.end("done")
 
     def _fail(self, begun: Begun, error: BaseException) -> None:
-        now = self._journal.unfinished() or begun
         with _undisturbed():
+            now = self._journal.unfinished() or begun
             failed = self._settle(now)
         before = serving.state_of(begun.before)
         as_before = f"{begun.name} {before.default} is served as before" if before else f"{begun.name} is not served"
@@ -472,7 +523,7 @@ class Rollout:
         if isinstance(error, MarinaError):
             error.args = (f"{error} ({state})", *error.args[1:])
         elif isinstance(error, KeyboardInterrupt):
-            self._report(Step(what=f"interrupted; {state}", where="", seconds=0.0))
+            self._tell(Step(what=f"interrupted; {state}", where="", seconds=0.0))
 
     # ---- telling
 
@@ -482,8 +533,8 @@ class Rollout:
         where = replica.name if replica is not None else ""
         started = time.monotonic()
         error = ""
-        self._journal.start(what, where)
         try:
+            self._note_start(what, where)
             yield running
         except BaseException as raised:
             error = str(raised) or type(raised).__name__
@@ -492,7 +543,21 @@ class Rollout:
             seconds = round(time.monotonic() - started, 3)
             step = Step(what=what, where=where, seconds=seconds, error=error, found=running.found)
             self.steps.append(step)
-            self._journal.done(what, where, seconds, error)
+            self._tell(step)
+            with contextlib.suppress(StoreError):  # it would hide what failed; the next step's start says the same
+                self._journal.done(what, where, seconds, error)
+
+    def _note_start(self, what: str, where: str) -> None:
+        """The way back does not depend on a record of it: on a full disk the servers go back all the same."""
+        try:
+            self._journal.start(what, where)
+        except StoreError:
+            if not self._settling:
+                raise
+
+    def _tell(self, step: Step) -> None:
+        """A closed pipe or a lost terminal, which rich makes a SystemExit, ends no rollout."""
+        with contextlib.suppress(OSError, SystemExit):
             self._report(step)
 
 
@@ -505,11 +570,11 @@ class _Running:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C must not leave a revert half done."""
+    """A second Ctrl-C, or what the shell and the kernel both send for a lost terminal, must not leave a revert half done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
@@ -527,6 +592,16 @@ def has_workers(status: ModelStatus | None, wanted: int, autoscale: Autoscale | 
     if autoscale is not None:
         return status.asleep if not status.workers else autoscale.awake <= len(status.workers) <= autoscale.max
     return wanted in (len(status.workers), status.ready_workers)
+
+
+def batching_of(status: ModelStatus) -> tuple[int, int]:
+    """Batch size and longest wait for a batch in ms, as served."""
+    return status.batch_size, status.max_batch_delay_ms
+
+
+def is_stale(status: ModelStatus, meant: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether a version is served with another batch than its archive's; see `store.batching`."""
+    return meant.get(status.version, batching_of(status)) != batching_of(status)
 
 
 def _is_default(status: ModelStatus | None) -> bool:
@@ -556,6 +631,10 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, copied)
         copied.chmod(0o644)  # read by the server's user in its container
         copied.replace(target)
+    except OSError as error:
+        raise StoreError(
+            f"{source} cannot be copied to {target.parent}: {error.strerror}", remedy="make room there, or allow it"
+        ) from error
     finally:
         copied.unlink(missing_ok=True)
 

@@ -181,12 +181,24 @@ def read(store: Path) -> Serving | None:
 
 
 def write(store: Path, serving: Serving) -> None:
-    """Replace the file: whoever reads it, whenever this process or the machine dies, sees the old or the new state."""
+    """Replace the file: whoever reads it, whenever this process or the machine dies, sees the old or the new state.
+
+    Raises StoreError when it cannot be written.
+    """
     values = serving.model_dump(mode="json")
     for model in values["models"].values():
         if model["autoscale"] is None:
             del model["autoscale"]
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    try:
+        _replace(store, text)
+    except OSError as error:
+        raise StoreError(
+            f"{store / SERVING_FILE} cannot be written: {error.strerror}", remedy="make room on its disk, or allow it"
+        ) from error
+
+
+def _replace(store: Path, text: str) -> None:
     partial = store / f".{SERVING_FILE}.partial"  # the only writer holds the rollout lock
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -31,6 +32,17 @@ def publish(store: Path, packed: Archive) -> None:
             "bytes": packed.size,
         }
         _write_index(store, index)
+
+
+def forget(store: Path, file_name: str) -> None:
+    """Remove an archive, its entry in the index, and what a killed copy of it left. Nothing has to be there."""
+    with _locked(store):
+        (store / file_name).unlink(missing_ok=True)
+        for partial in store.glob(f".{file_name}.*"):
+            partial.unlink(missing_ok=True)
+        index = read_index(store)
+        if index["archives"].pop(file_name, None) is not None:
+            _write_index(store, index)
 
 
 def archives(store: Path) -> list[Archive]:
@@ -92,17 +104,35 @@ def to_serve(items: Sequence[Archive]) -> list[ServedModel]:
     ]
 
 
+def batching(store: Path, name: str) -> dict[str, tuple[int, int]]:
+    """Version -> batch size and longest wait for a batch in ms, as each archive of a name asks for them.
+
+    Quick, since whether the bytes are the packed ones is not looked at; an archive that cannot be read is left out.
+    """
+    found = {}
+    for file_name, entry in read_index(store)["archives"].items():
+        if entry["name"] == name:
+            with contextlib.suppress(ArchiveError):
+                config = _config(store / file_name)
+                found[entry["version"]] = (int(config["batchSize"]), int(config["maxBatchDelay"]))
+    return found
+
+
 def _read_config(item: Archive) -> dict[str, Any]:
     if archive.sha256_of(item.path) != item.sha256:
         raise StoreError(
             f"{item.path} was changed since it was packed (its SHA-256 is not the one in {INDEX_FILE})",
             remedy="pack it again, and find out who changed it",
         )
+    return _config(item.path)
+
+
+def _config(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(item.path) as packed:
+        with zipfile.ZipFile(path) as packed:
             text = packed.read(model_config.CONFIG_FILE).decode()
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, OSError) as error:
-        raise StoreError(f"{item.path} is not a readable archive: {error}", remedy="pack it again") from error
+        raise StoreError(f"{path} is not a readable archive: {error}", remedy="pack it again") from error
     return model_config.read(text)
 
 

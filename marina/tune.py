@@ -48,9 +48,14 @@ _LONGER = 2.0
 _SETTLE_SECONDS = 0.5
 _MEMORY_SHARE = 0.9
 _SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-_RECORD = 1
+_RECORD = 2
+_CUT_OFF = ('{"probe": ', '{"sustained": ')
 
 Say = Callable[[str], None]
+
+
+class NoRoom(ArchiveError):
+    """There is no memory for so many workers beside those that serve."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +67,8 @@ class Candidate:
     file: str
     """As the management interface takes it."""
     sha256: str
+    offered: bool = False
+    """Nobody named it: when it does not load it is left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +117,12 @@ def tune(task: Task, stand: Stand, record: Record, say: Say) -> Tuned:
     measured, and the same call goes on from there.
     """
     began = time.monotonic()
+    offered = {item.key for item in task.candidates if item.offered}
+    too_many: dict[str, int] = {}
+    """Archive -> the number of workers from which on it is not tried."""
+
+    def left_out(setting: Setting) -> bool:
+        return setting.workers >= too_many.get(setting.archive, setting.workers + 1)
 
     def spent() -> float:
         return time.monotonic() - began
@@ -118,18 +131,38 @@ def tune(task: Task, stand: Stand, record: Record, say: Say) -> Tuned:
         known = record.find(setting, in_flight, turn)
         if known is not None:
             return known
+        if left_out(setting):
+            return _not_loaded(setting, in_flight, turn)
         allowed = task.budget * _EXPLORING_SHARE if turn == 0 else task.budget - _SUSTAIN_SECONDS
         if spent() + stand.cost(setting) + task.probe_seconds > allowed:
             raise OutOfTime
-        probe = dataclasses.replace(stand.probe(setting, in_flight, turn, task), at=spent())
+        try:
+            probe = dataclasses.replace(stand.probe(setting, in_flight, turn, task), at=spent())
+        except ArchiveError as error:
+            alone = setting.workers == task.space.workers[0]
+            if setting.archive not in offered and (alone or not isinstance(error, NoRoom)):
+                raise
+            too_many[setting.archive] = setting.workers if isinstance(error, NoRoom) else 0
+            say(f"left out: {error}")
+            return _not_loaded(setting, in_flight, turn)
         record.add(probe)
         say(_line(probe, task.objective_ms))
         return probe
 
     outcome = search(task.space, task.start, measure, task.objective_ms)
+    probes = [item for item in outcome.probes if item.seconds > 0]
+    measured = {item.setting for item in probes}
+    values = [item for item in outcome.values if item.setting in measured]
+    outcome = dataclasses.replace(outcome, values=values, probes=probes)
     sustained = None
     if outcome.best is not None:
-        sustained = _sustain(task, stand, outcome.best.setting, outcome.best.throughput.value, began, say)
+        best = outcome.best.setting
+        if (best, task.objective_ms) in record.sustained:
+            sustained = record.sustained[best, task.objective_ms]
+        else:
+            with contextlib.suppress(OutOfTime, NoRoom):
+                sustained = _sustain(task, stand, best, outcome.best.throughput.value, began, say)
+                record.add_sustained(best, task.objective_ms, sustained)
     return Tuned(outcome=outcome, sustained=sustained, remembered=record.remembered, seconds=spent())
 
 
@@ -145,40 +178,46 @@ class Stand:
         self._version = ""
         self._warm = False
         self._worker_seconds = 10.0
-        self._worker_bytes = 0
         self._server = _listener(inference_url)
 
     def cost(self, setting: Setting) -> float:
         """Seconds that loading it will take, as far as is known."""
         return 0.0 if setting == self._now else self._worker_seconds
 
-    def most_workers(self, wanted: Sequence[int]) -> list[int]:
-        """The numbers of workers for which there is memory, going by one that is loaded: at least the smallest."""
-        if not self._worker_bytes:
-            return list(wanted)
-        held = len(self._status().workers) if self._now is not None else 0
-        room = psutil.virtual_memory().available * _MEMORY_SHARE + held * self._worker_bytes
-        fitting = [number for number in wanted if number * self._worker_bytes <= room]
-        return fitting or list(wanted[:1])
-
     def prepare(self, setting: Setting, candidate: Candidate) -> None:
-        """Have exactly this setting loaded and ready. Raises ArchiveError when it does not load."""
+        """Have exactly this setting loaded and ready. Raises ArchiveError when it does not load, NoRoom when there is no
+        memory for so many workers.
+        """
         if setting == self._now:
             return
         began = time.monotonic()
         started = setting.workers
         if self._now is not None and dataclasses.replace(self._now, workers=setting.workers) == setting:
             started = max(1, setting.workers - self._now.workers)
+            self.require_room(setting, setting.workers - self._now.workers)
         else:
             self.clear()
             self._register(setting, candidate)
+            self.require_room(setting, setting.workers - 1)
         self._now = None
         self._management.scale(self.name, setting.workers, self._version)
         self._now = setting
         self._worker_seconds = max(1.0, (time.monotonic() - began) / started * min(started, 2))
-        if not self._worker_bytes:
-            pids = [worker.pid for worker in self._status().workers if worker.pid > 0]
-            self._worker_bytes = max(map(_worker_memory, pids), default=0)
+
+    def require_room(self, setting: Setting, more: int) -> None:
+        """Raises NoRoom unless memory is left for so many more workers like the one that is loaded: what serves beside
+        it must not be killed for a measurement.
+        """
+        if more > 0 and more * self.worker_bytes() > psutil.virtual_memory().available * _MEMORY_SHARE:
+            raise NoRoom(
+                f"there is no memory for {setting.workers} workers of {setting.archive} beside those that serve",
+                remedy="fewer: --workers",
+            )
+
+    def worker_bytes(self) -> int:
+        """Memory of the largest worker that is loaded; 0 where the system does not say."""
+        pids = [worker.pid for worker in self._status().workers if worker.pid > 0]
+        return max(map(_worker_memory, pids), default=0)
 
     def probe(self, setting: Setting, in_flight: int, turn: int, task: Task) -> Probe:
         """Measure one setting with so many requests in flight."""
@@ -304,20 +343,24 @@ class Stand:
 
 
 class Record:
-    """Measurements on disk, one JSON object per line, for this model, these payloads and this machine."""
+    """Measurements on disk, one JSON object per line, for what is served, these payloads and this machine. Those of other
+    archives are known by the archives' digests: a further one in the store leaves the rest remembered.
+    """
 
     def __init__(self, folder: Path, task: Task, *, fresh: bool = False) -> None:
         """In a folder of `folder` named after all that decides what is measured. `fresh` forgets what is there."""
         self.identity = _identity(task)
+        self._digests = {item.key: item.sha256 for item in task.candidates}
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
         self.folder = folder / f"{task.name}-{digest}"
         self.path = self.folder / "probes.jsonl"
         self._known: dict[tuple[Setting, int, int], Probe] = {}
+        self.sustained: dict[tuple[Setting, float], Sustained | None] = {}
+        """Setting and objective -> what the open loop found; None when no rate held the objective."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if fresh:
             self.path.unlink(missing_ok=True)
-        for probe in self._read():
-            self._known[probe.setting, probe.in_flight, probe.turn] = probe
+        self._read()
         self.remembered = len(self._known)
         if not self.path.exists():
             self._append({"record": _RECORD, **self.identity})
@@ -329,7 +372,14 @@ class Record:
     def add(self, probe: Probe) -> None:
         """Keep it; it is on disk when this returns."""
         self._known[probe.setting, probe.in_flight, probe.turn] = probe
-        self._append({"probe": dataclasses.asdict(probe)})
+        self._append({"probe": dataclasses.asdict(probe), "sha256": self._digests[probe.setting.archive]})
+
+    def add_sustained(self, setting: Setting, objective_ms: float, found: Sustained | None) -> None:
+        """Keep what the open loop found."""
+        self.sustained[setting, objective_ms] = found
+        value = dataclasses.asdict(found) if found is not None else None
+        of = {"setting": dataclasses.asdict(setting), "objective_ms": objective_ms}
+        self._append({"sustained": value, **of, "sha256": self._digests[setting.archive]})
 
     def _append(self, value: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
@@ -337,20 +387,33 @@ class Record:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _read(self) -> Iterator[Probe]:
+    def _read(self) -> None:
         if not self.path.exists():
             return
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        text = self.path.read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
             try:
-                value = json.loads(line)
-                if "probe" in value:
-                    yield _probe_from(value["probe"])
+                self._take(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                if line.startswith('{"probe": ') and not line.endswith("}"):
+                if line.startswith(_CUT_OFF) and not line.endswith("}"):
                     continue  # the machine stopped while it was written
                 raise ConfigError(
                     f"{self.path}, line {number} is damaged: {error}", remedy="forget it: --fresh"
                 ) from error
+        if text and not text.endswith("\n"):
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("\n")  # what comes next gets a line of its own
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "probe" in line:
+            probe = _probe_from(line["probe"])
+            if line["sha256"] == self._digests.get(probe.setting.archive):
+                self._known[probe.setting, probe.in_flight, probe.turn] = probe
+        elif "sustained" in line:
+            setting, value = Setting(**line["setting"]), line["sustained"]
+            if line["sha256"] == self._digests.get(setting.archive):
+                found = Sustained(**{**value, "p99_ms": Interval(**value["p99_ms"])}) if value is not None else None
+                self.sustained[setting, line["objective_ms"]] = found
 
 
 @contextlib.contextmanager
@@ -376,10 +439,12 @@ def default_workers(cores: int, now: int) -> list[int]:
 
 
 def _sustain(task: Task, stand: Stand, setting: Setting, throughput: float, began: float, say: Say) -> Sustained | None:
-    """The largest share of the throughput that the settings answer in time when requests come at random."""
+    """The largest share of the throughput that the settings answer in time when requests come at random; None when no
+    share is. Raises OutOfTime.
+    """
     for share in _SHARES:
         if time.monotonic() - began + stand.cost(setting) + task.probe_seconds * _LONGER > task.budget:
-            return None
+            raise OutOfTime
         result = stand.open_loop(task, setting, share * throughput)
         found = result.latency.p99 if result.latency is not None else None
         if found is None:
@@ -388,6 +453,21 @@ def _sustain(task: Task, stand: Stand, setting: Setting, throughput: float, bega
         if result.failed == 0 and found.value <= task.objective_ms:
             return Sustained(rate=share * throughput, p99_ms=found, share=share)
     return None
+
+
+def _not_loaded(setting: Setting, in_flight: int, turn: int) -> Probe:
+    """What the search takes for hopeless."""
+    nothing = Interval(0.0, 0.0, 0.0)
+    return Probe(
+        setting=setting,
+        in_flight=in_flight,
+        turn=turn,
+        throughput=nothing,
+        p50_ms=0.0,
+        p99_ms=nothing,
+        failed=1,
+        seconds=0.0,
+    )
 
 
 def _line(probe: Probe, objective_ms: float) -> str:
@@ -406,7 +486,7 @@ def _identity(task: Task) -> dict[str, Any]:
         payloads.update(hashlib.sha256(payload.body).digest())
     return {
         "name": task.name,
-        "archives": {item.key: item.sha256 for item in task.candidates},
+        "archive": task.candidates[0].sha256,
         "payloads": payloads.hexdigest(),
         "machine": {
             "cpu": _cpu_model(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from marina.replica import LocalReplica
 from marina.screen import Screen, shown
 from marina.settings import OTHER_VARIABLES, ServeSettings
 from marina.tune import Candidate, Record, Stand, Task, Tuned, default_workers, only_one, tune
-from marina.tune_search import Setting, Space, Value, first_setting
+from marina.tune_search import Setting, Space, Value
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -53,9 +52,13 @@ def tune_model(
     also: Annotated[
         list[str] | None,
         typer.Option(
-            "--also", help="NAME:VERSION of the store that may be served instead, e.g. another rung; repeatable."
+            "--also", help="NAME:VERSION of the store that may be served instead, e.g. a smaller model; repeatable."
         ),
     ] = None,
+    rungs: Annotated[
+        bool,
+        typer.Option("--rungs/--no-rungs", help="Try the other versions in the store that have the same weights too."),
+    ] = True,
     most_in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 256,
     pack: Annotated[
         bool, typer.Option("--pack", help="Make a new version with the settings found, pack and verify it.")
@@ -87,7 +90,7 @@ def tune_model(
         load = load_payloads.from_files(body)
     else:
         load = load_payloads.from_archive(_stored(folder, f"{name}:{served.version}").path)
-    candidates = _candidates(folder, name, served, also or [])
+    candidates = tune_config.candidates(folder, f"{name}:{served.version}", also or [], rungs=rungs)
     start = Setting(
         archive=candidates[0].key,
         workers=max(1, len(served.workers)),
@@ -111,7 +114,7 @@ def tune_model(
         record = Record(runs, task, fresh=fresh)
         _introduce(screen, task, record)
         with Stand(server.management_url, server.inference_url, name, screen.note) as stand:
-            tuned, task = _run(task, stand, record, screen)
+            tuned = tune(task, stand, record, screen.say)
     report = tune_report.fields(task, tuned, record)
     tune_report.write(record.folder, report, task, tuned)
     _show(screen, task, tuned, record)
@@ -127,17 +130,6 @@ def tune_model(
 class _Server:
     management_url: str
     inference_url: str
-
-
-def _run(task: Task, stand: Stand, record: Record, screen: Screen) -> tuple[Tuned, Task]:
-    """With one worker loaded it is known how many there is memory for."""
-    if len(task.space.workers) > 1 and not record.remembered:
-        stand.prepare(first_setting(task.space, task.start), task.candidates[0])
-        fitting = stand.most_workers(task.space.workers)
-        if len(fitting) < len(task.space.workers):
-            screen.note(f"there is memory for {fitting[-1]} workers beside those that serve; more are not tried")
-            task = dataclasses.replace(task, space=dataclasses.replace(task.space, workers=tuple(fitting)))
-    return tune(task, stand, record, screen.say), task
 
 
 def _server(home: Home, folder: Path, url: str | None, inference_url: str | None) -> _Server:
@@ -165,11 +157,6 @@ def _served(server: _Server, name: str) -> ModelStatus:
 def _stored(folder: Path, key: str) -> Archive:
     (item,) = store.select(folder, [key])
     return item
-
-
-def _candidates(folder: Path, name: str, served: ModelStatus, also: Sequence[str]) -> list[Candidate]:
-    found = [_stored(folder, key) for key in (f"{name}:{served.version}", *also)]
-    return [Candidate(key=item.key, file=item.path.name, sha256=item.sha256) for item in dict.fromkeys(found)]
 
 
 def _space(
@@ -216,6 +203,8 @@ def _introduce(screen: Screen, task: Task, record: Record) -> None:
         f"{task.name}: the most within p99 {task.objective_ms:g} ms; {task.load.source}; workers {_list(space.workers)}, "
         f"batch sizes {_list(space.batch_sizes)}, delays {_list(space.delays_ms)} ms"
     )
+    for item in task.candidates[1:]:
+        screen.say(f"{item.key} is tried too{': the same weights; --no-rungs leaves it out' if item.offered else ''}")
     screen.say(f"served now: {task.start.text}; threads follow the workers by themselves")
     if record.remembered:
         screen.say(f"{record.remembered} measurements remembered from {shown(record.folder)}; --fresh forgets them")
@@ -319,9 +308,9 @@ def _keep(
     if not pack:
         target = tune_config.write_override(artifact, text)
         screen.say(f"wrote {shown(target)}")
-        screen.say(
-            f"to serve it: marina tune {name} --p99 {objective:g}ms --pack (measures nothing again), then deploy"
-        )
+        complete = report["complete"] and (best.setting, objective) in record.sustained
+        again = "measures nothing again" if complete else "goes on with the search first"
+        screen.say(f"to serve it: the same command with --pack ({again}), then marina deploy")
         return {"config": str(target)}
     taken = tune_config.versions_known(name, home.artifacts, folder)
     made = tune_config.as_new_version(artifact, text, {"objective_p99_ms": objective, "why": why}, taken=taken)

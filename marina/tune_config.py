@@ -1,4 +1,6 @@
-"""What a tuned model takes with it: its own `model-config.yaml`, in the artifact that it is packed from."""
+"""What the tuner takes from the store, and what a tuned model takes with it: its own `model-config.yaml`, in the artifact
+that it is packed from.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,19 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER
 from handlerlib.errors import SpecError
-from handlerlib.spec import SPEC_FILE, ModelSpec
-from marina import model_config
-from marina.archive import CARD_FILE, PROVENANCE_FILE, VERSION_PATTERN
+from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from marina import model_config, store
+from marina.archive import BUILD_FILE, CARD_FILE, PROVENANCE_FILE, VERSION_PATTERN
 from marina.errors import ArchiveError
 from marina.store import version_key
+from marina.tune import Candidate
 from marina.tune_search import Setting
 
 
@@ -91,6 +96,51 @@ def next_version(version: str, taken: set[str]) -> str:
     return ".".join(map(str, parts))
 
 
+def candidates(folder: Path, served: str, also: Sequence[str], *, rungs: bool) -> list[Candidate]:
+    """The archive served, those named, and, with `rungs`, every other version of the same model: the same weights and
+    the same specification with another engine. Raises StoreError, and ArchiveError for an archive that cannot be read.
+    """
+    named = list(dict.fromkeys(item for key in (served, *also) for item in store.select(folder, [key])))
+    found = [Candidate(key=item.key, file=item.path.name, sha256=item.sha256) for item in named]
+    if not rungs:
+        return found
+    now = _content(named[0].path)
+    engines = {_content(item.path).engine for item in named}
+    for item in reversed(store.archives(folder)):
+        if item.name != named[0].name or item in named:
+            continue
+        try:
+            theirs = _content(item.path)
+        except ArchiveError:
+            continue  # nobody asked for it
+        if theirs.model == now.model and theirs.engine not in engines:
+            engines.add(theirs.engine)
+            found.append(Candidate(key=item.key, file=item.path.name, sha256=item.sha256, offered=True))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    model: tuple[str, str]
+    """The weights' digest, and the specification without the version."""
+    engine: frozenset[tuple[str, str]]
+    """The engine's files and their digests."""
+
+
+def _content(path: Path) -> _Content:
+    try:
+        with zipfile.ZipFile(path) as packed:
+            files = json.loads(packed.read(BUILD_FILE))["files"]
+            spec = json.loads(packed.read(SPEC_FILE))
+        digests = {name: str(item["sha256"]) for name, item in files.items()}
+        del spec["version"]
+        model = digests[WEIGHTS_FILE], json.dumps(spec, sort_keys=True)
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"{path} is not a readable archive: {error}", remedy="pack it again") from error
+    engine = {item for item in digests.items() if item[0] == ENGINE_FILE or item[0].startswith(f"{ENGINE_FOLDER}/")}
+    return _Content(model, frozenset(engine))
+
+
 def config_of(path: Path) -> str:
     """The text of an archive's `model-config.yaml`. Raises ArchiveError."""
     try:
@@ -100,7 +150,7 @@ def config_of(path: Path) -> str:
         raise ArchiveError(f"{path} is not a readable archive: {error}", remedy="pack it again") from error
 
 
-def versions_known(name: str, artifacts: Path, store: Path) -> set[str]:
+def versions_known(name: str, artifacts: Path, folder: Path) -> set[str]:
     """Of artifacts and archives."""
     found = {path.name for path in (artifacts / name).glob("*") if path.is_dir()}
-    return found | {path.stem.removeprefix(f"{name}-") for path in store.glob(f"{name}-*.mar")}
+    return found | {path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.mar")}

@@ -400,16 +400,6 @@ def _mean(probes: Sequence[Probe]) -> Interval:
     return Interval(mean, max(0.0, mean - half), mean + half)
 
 
-def first_setting(space: Space, start: Setting) -> Setting:
-    """Where the search begins: what is served now, as far as the grid has it, with the fewest workers."""
-    return Setting(
-        archive=space.archives[0],
-        workers=space.workers[0],
-        batch_size=_nearest(space.batch_sizes, start.batch_size),
-        delay_ms=_nearest(space.delays_ms, start.delay_ms),
-    )
-
-
 def _around(values: Sequence[int], middle: int) -> Sequence[int]:
     at = list(values).index(middle)
     return values[max(0, at - 1) : at + 2]

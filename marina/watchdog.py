@@ -143,6 +143,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._oom_kills = _oom_kills()
         self._words: dict[str, str] = {}
+        self._unpublished = ""
 
     def start(self) -> None:
         """Keep watching until `stop`."""
@@ -170,6 +171,7 @@ class Watchdog:
                 status = self._management.describe(model.name, model.version)
                 self._look_at(model, status)
         self._watch.refused = self._quarantine.refused
+        self._tell_unpublished()
         if any(worker.gone_since is not None for worker in self._workers.values()):
             # The gateway learns of it at its next question, and asks another replica for what waits here.
             self._watch.look()
@@ -179,14 +181,15 @@ class Watchdog:
     def _keep_looking(self) -> None:
         next_look = 0.0
         while not self._stopped.is_set():
-            if self._wait(max(0.0, next_look - time.monotonic())):
-                next_look = min(next_look, time.monotonic() + _AFTER_END_SECONDS)
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + LOOK_SECONDS
-                try:
+            try:
+                if self._wait(max(0.0, next_look - time.monotonic())):
+                    next_look = min(next_look, time.monotonic() + _AFTER_END_SECONDS)
+                if time.monotonic() >= next_look:
+                    next_look = time.monotonic() + LOOK_SECONDS
                     self.look()
-                except Exception as error:  # noqa: BLE001 - a watchdog that has died watches nothing
-                    self._log.note(f"the watchdog stumbled: {type(error).__name__}: {error}", level="ERROR")
+            except Exception as error:  # noqa: BLE001 - a watchdog that has died watches nothing
+                self._log.note(f"the watchdog stumbled: {type(error).__name__}: {error}", level="ERROR")
+                self._stopped.wait(LOOK_SECONDS)
 
     def _wait(self, seconds: float) -> bool:
         """Until a process ends, or so long; whether one has. What it was at becomes known to the other workers at once."""
@@ -301,8 +304,8 @@ class Watchdog:
 
     def _ended(self, worker: _Worker) -> None:
         worker.gone_since, worker.told = time.monotonic(), worker.ended_by_us
-        self._blame(worker.pid)
         self._forget(worker)
+        self._blame(worker.pid)
 
     def _blame(self, pid: int) -> None:
         blame = self._quarantine.ended(pid)
@@ -310,6 +313,15 @@ class Watchdog:
             self._log.note(
                 f"an input has ended a second worker and is refused with 422 from now on: sha256 {blame.refused}",
                 level="WARN",
+            )
+
+    def _tell_unpublished(self) -> None:
+        """Once, until the lists are written again."""
+        before, self._unpublished = self._unpublished, self._quarantine.unpublished
+        if self._unpublished and not before:
+            self._log.note(
+                f"workers do not hear of inputs that ended others, until this is mended: {self._unpublished}",
+                level="ERROR",
             )
 
     def _forget(self, worker: _Worker) -> None:

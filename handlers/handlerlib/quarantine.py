@@ -190,8 +190,7 @@ def guard() -> Guard | Unguarded:
 def _shared(path: Path, size: int) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        if os.fstat(descriptor).st_size < size:
-            os.ftruncate(descriptor, size)
+        os.posix_fallocate(descriptor, 0, size)  # a page that a full disk cannot give ends the process by SIGBUS
         return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)

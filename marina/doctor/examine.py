@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from marina.doctor import host, live, signatures, stored
 from marina.doctor.finding import Finding
@@ -15,6 +17,7 @@ from marina.settings import OTHER_VARIABLES, ServeSettings
 
 SECONDS = 8.0
 """How long all of it may take."""
+_LOG = "log"
 
 
 def examine(home: Home, environment: Mapping[str, str] = os.environ, *, log: Path | None = None) -> list[Finding]:
@@ -23,17 +26,20 @@ def examine(home: Home, environment: Mapping[str, str] = os.environ, *, log: Pat
     Raises ConfigError when `log` cannot be read.
     """
     addresses = _addresses(home, environment)
-    serving = live.is_running(addresses)
-    machine = host.Host(home=home, environment=environment, serving=serving)
+
+    def machine() -> Iterable[Finding]:
+        return host.check(host.Host(home=home, environment=environment, serving=live.is_running(addresses)))
+
     groups: dict[str, Callable[[], Iterable[Finding]]] = {
-        "machine": lambda: host.check(machine),
+        "machine": machine,
         "model store": lambda: stored.check(home.store),
-        "server": lambda: live.check(addresses, home.root),
+        "supervisor": lambda: live.supervised(addresses),
+        "server": lambda: live.served(addresses, home.root),
+        "containers": lambda: live.containers(home.root),
     }
-    found = _run(groups)
     if log is not None:
-        found += read_log(log)
-    return sorted(_once(found), key=lambda finding: finding.severity != "fault")
+        groups[_LOG] = lambda: read_log(log)
+    return sorted(_once(_run(groups)), key=lambda finding: finding.severity != "fault")
 
 
 def read_log(path: Path) -> list[Finding]:
@@ -48,28 +54,59 @@ def read_log(path: Path) -> list[Finding]:
 
 
 def _run(groups: Mapping[str, Callable[[], Iterable[Finding]]]) -> list[Finding]:
-    pool = ThreadPoolExecutor(len(groups), thread_name_prefix="doctor")
+    said: SimpleQueue[tuple[str, Finding | Exception | None]] = SimpleQueue()
+    running = dict.fromkeys(groups)
+    for name, check in groups.items():
+        # A thread that hangs must not keep the process from ending.
+        threading.Thread(target=_tell, args=(name, check, said), name=f"doctor-{name}", daemon=True).start()
+    found: list[Finding] = []
+    ends = time.monotonic() + SECONDS
+    while running:
+        try:
+            name, item = said.get(timeout=max(0.0, ends - time.monotonic()))
+        except Empty:
+            break
+        if isinstance(item, Finding):
+            found.append(item)
+            continue
+        del running[name]
+        if isinstance(item, ConfigError) and name == _LOG:
+            raise item
+        if item is not None:
+            found.append(_broken_off(name, item))
+    return found + [_hanging(name) for name in running]
+
+
+def _tell(
+    name: str,
+    check: Callable[[], Iterable[Finding]],
+    said: SimpleQueue[tuple[str, Finding | Exception | None]],
+) -> None:
+    """Each finding as soon as it is there; at last None, or what stopped the check."""
     try:
-        running: dict[str, Future[list[Finding]]] = {name: pool.submit(_all, check) for name, check in groups.items()}
-        wait(running.values(), timeout=SECONDS)
-        return [finding for name, future in running.items() for finding in _outcome(name, future)]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for finding in check():
+            said.put((name, finding))
+    except Exception as error:  # noqa: BLE001 - the other checks' findings matter all the same
+        said.put((name, error))
+    else:
+        said.put((name, None))
 
 
-def _all(check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    return list(check())
+def _hanging(name: str) -> Finding:
+    return Finding(
+        code="server-not-ready",
+        cause=f"the checks of the {name} did not end within {SECONDS:.0f} s: something there hangs",
+        remedy="look at the disks (a network share that is gone?) and at the load of the machine",
+    )
 
 
-def _outcome(name: str, future: Future[list[Finding]]) -> Iterator[Finding]:
-    if not future.done():
-        yield Finding(
-            code="server-not-ready",
-            cause=f"the checks of the {name} did not end within {SECONDS:.0f} s: something there hangs",
-            remedy="look at the disks (a network share that is gone?) and at the load of the machine",
-        )
-        return
-    yield from future.result()
+def _broken_off(name: str, error: Exception) -> Finding:
+    denied = isinstance(error, PermissionError)
+    return Finding(
+        code="file-permissions" if denied else "check-failed",
+        cause=f"the checks of the {name} could not be finished: {error if denied else repr(error)}",
+        remedy="give this user access, or run this as the user that serves" if denied else "mend what the error names",
+    )
 
 
 def _once(findings: Iterable[Finding]) -> list[Finding]:

@@ -90,5 +90,7 @@ CODES: dict[str, int] = {
     "server-down": 7,
     "server-not-ready": 7,
     "gateway-down": 7,
+    "trial-left": 7,
+    "check-failed": 6,
 }
 """Code -> exit code, by the meaning that exit codes have everywhere in Marina."""

@@ -50,13 +50,25 @@ def check(host: Host) -> Iterator[Finding]:
     yield from _java(host.environment)
     yield from _modules()
     settings = yield from _settings(host)
-    yield from _folders(host)
+    yield from _allowed(_folders(host))
     yield from _memory(host)
     yield from _descriptors()
     yield from _gpus(host.environment)
-    yield from _keys(host.home)
+    yield from _allowed(_keys(host.home))
     if settings is not None and not host.serving:
         yield from _ports(settings)
+
+
+def _allowed(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """What this user may not look at is a finding too, and hides none of the others."""
+    try:
+        yield from findings
+    except PermissionError as error:
+        yield Finding(
+            code="file-permissions",
+            cause=f"this user may not look at {error.filename}",
+            remedy="give this user access, or run this as the user that serves",
+        )
 
 
 def _java(environment: Mapping[str, str]) -> Iterator[Finding]:

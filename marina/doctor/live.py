@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,10 @@ from marina import remote
 from marina.client import NO_RETRIES, ManagementClient, ModelStatus, Timeout
 from marina.doctor.finding import Finding
 from marina.doctor.signatures import classify
-from marina.errors import ClientError
+from marina.errors import ClientError, TimedOut
+from marina.home import Home
 from marina.properties import is_loopback
+from marina.serving import TRIAL_SUFFIX
 
 QUEUE_ALARM = 0.9
 """Part of a queue that is full when it becomes a finding."""
@@ -35,23 +38,31 @@ class Addresses:
 
 
 def is_running(addresses: Addresses) -> bool:
-    """Whether something answers as a server of ours or as TorchServe's management interface."""
-    return _get(f"{addresses.supervisor}/livez") is not None or _models(addresses) is not None
+    """Whether something answers as a server of ours or as TorchServe's management interface, or hangs in their place."""
+    for url in (f"{addresses.supervisor}/livez", f"{addresses.management}/models"):
+        try:
+            if _get(url) is not None:
+                return True
+        except requests.ReadTimeout:
+            return True
+    return False
 
 
 def check(addresses: Addresses, project: Path) -> Iterator[Finding]:
     """What is wrong with the server on this machine and with this project's containers."""
-    yield from _supervised(addresses)
-    models = _models(addresses)
-    for model in models or ():
-        yield from _model(model)
-    if models is not None:
-        yield from _public(addresses.management_port)
-    yield from _stack(project)
+    yield from supervised(addresses)
+    yield from served(addresses, project)
+    yield from containers(project)
 
 
-def _supervised(addresses: Addresses) -> Iterator[Finding]:
-    failures = _get(f"{addresses.supervisor}/failures")
+def supervised(addresses: Addresses) -> Iterator[Finding]:
+    """What the supervisor says of the server."""
+    try:
+        failures = _get(f"{addresses.supervisor}/failures")
+        ready = _get(f"{addresses.supervisor}/readyz")
+    except requests.ReadTimeout:
+        yield _hanging(addresses.supervisor)
+        return
     for label, cause in (failures or {}).items():
         known = classify(str(cause))
         yield Finding(
@@ -60,7 +71,6 @@ def _supervised(addresses: Addresses) -> Iterator[Finding]:
             remedy=known.remedy if known is not None else "check the archive: marina verify MAR",
             evidence=str(cause),
         )
-    ready = _get(f"{addresses.supervisor}/readyz")
     if ready is not None and not ready.get("ready", False):
         missing = "; ".join(ready.get("missing", []))
         yield Finding(
@@ -70,12 +80,28 @@ def _supervised(addresses: Addresses) -> Iterator[Finding]:
         )
 
 
-def _models(addresses: Addresses) -> tuple[ModelStatus, ...] | None:
+def served(addresses: Addresses, project: Path) -> Iterator[Finding]:
+    """What the management interface says of the models. `project` is where a tuner at work has its lock."""
     with ManagementClient(addresses.management, timeout=_TIMEOUT, retries=NO_RETRIES) as client:
         try:
-            return client.status()
+            models = client.status()
+        except TimedOut:
+            yield _hanging(addresses.management)
+            return
         except ClientError:
-            return None
+            return
+    for model in models:
+        yield from _model(model)
+        yield from _trial(model, addresses.management, Home(project).runs / "tune")
+    yield from _public(addresses.management_port)
+
+
+def _hanging(url: str) -> Finding:
+    return Finding(
+        code="server-not-ready",
+        cause=f"what listens at {url} hangs: it takes connections and gave no answer within {_TIMEOUT.read:.0f} s",
+        remedy="see who it is: ss -ltnp; when it is the server and the machine is not only busy, start it anew",
+    )
 
 
 def _model(model: ModelStatus) -> Iterator[Finding]:
@@ -104,6 +130,31 @@ def _model(model: ModelStatus) -> Iterator[Finding]:
         )
 
 
+def _trial(model: ModelStatus, management: str, tuners: Path) -> Iterator[Finding]:
+    """A registration that a killed tuner (marina/tune.py) left behind."""
+    name = model.name.removesuffix(TRIAL_SUFFIX)
+    if name == model.name or _is_locked(tuners / f".{name}.lock"):
+        return
+    yield Finding(
+        code="trial-left",
+        cause=f"{model.name} {model.version} is registered and no tuner of this project is at work on {name}: "
+        f"one that was killed left it, with {len(model.workers)} workers",
+        remedy=f"the next `marina tune` of {name} removes it; or curl -X DELETE {management}/models/{model.name}",
+        severity="warning",
+    )
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _public(port: int) -> Iterator[Finding]:
     try:
         listening = psutil.net_connections("tcp")
@@ -121,9 +172,9 @@ def _public(port: int) -> Iterator[Finding]:
             return
 
 
-def _stack(project: Path) -> Iterator[Finding]:
+def containers(project: Path) -> Iterator[Finding]:
     """The containers of this project's docker-compose stack; nothing where there is no Docker or no stack."""
-    states = _containers(project)
+    states = _states(project)
     servers = [state for service, state in states if service == "torchserve"]
     for service, state in states:
         if not state.startswith("Up") or "unhealthy" in state:
@@ -140,7 +191,7 @@ def _stack(project: Path) -> Iterator[Finding]:
         )
 
 
-def _containers(project: Path) -> list[tuple[str, str]]:
+def _states(project: Path) -> list[tuple[str, str]]:
     docker = shutil.which("docker")
     if docker is None:
         return []
@@ -155,10 +206,15 @@ def _containers(project: Path) -> list[tuple[str, str]]:
 
 
 def _get(url: str) -> Mapping[str, Any] | None:
-    """The JSON object at `url` whatever its status; None when nothing of ours answers there."""
+    """The JSON object at `url` whatever its status; None when nothing of ours answers there.
+
+    Raises requests.ReadTimeout when what listens there does not answer.
+    """
     try:
-        answer = requests.get(url, timeout=(1.0, 3.0))
+        answer = requests.get(url, timeout=(_TIMEOUT.connect, _TIMEOUT.read))
         value = answer.json()
+    except requests.ReadTimeout:
+        raise
     except (requests.RequestException, ValueError):
         return None
     return value if isinstance(value, dict) else None

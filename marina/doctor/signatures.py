@@ -31,6 +31,8 @@ def _is(code: str, pattern: str, cause: str, remedy: str, severity: Severity = "
     return Signature(code=code, pattern=re.compile(pattern), cause=cause, remedy=remedy, severity=severity)
 
 
+_RECYCLED = r"worker \S+ \(pid -?\d+\) of (?P<who>\S+ \S+) is recycled: "
+
 SIGNATURES: tuple[Signature, ...] = (
     # What the machine lacks comes first: the errors after it follow from it.
     _is(
@@ -84,9 +86,55 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     _is(
         "worker-killed",
-        r"(?:exit code:? 137|exitcode=-9|ended by signal 9|Out of memory: Killed process|oom-kill|oom_reaper)",
+        r"(?:exited with code 137|code=killed, status=9|exitcode=-9|ended by signal 9|Out of memory: Killed process|"
+        r"oom-kill|oom_reaper|is recycled: died: the kernel ended it)",
         "a process was killed with SIGKILL, most likely by the kernel for want of memory",
         "serve with fewer workers or a smaller batchSize, or give it more memory; `dmesg` names what was killed",
+    ),
+    _is(
+        "worker-killed",
+        r"ACCESS_LOG - .* 507 \d+$",
+        "requests were answered 507: their worker was killed with SIGKILL, or had no memory left",
+        "serve with fewer workers or a smaller batchSize, or give it more memory; `dmesg` names what was killed",
+    ),
+    # The watchdog's own lines (marina/watchdog.py).
+    _is(
+        "worker-killed",
+        _RECYCLED + r"died: ended from outside",
+        "a worker of {who} ended without a word: killed from outside, or crashed in native code",
+        "`dmesg` names what the kernel killed and where native code crashed",
+    ),
+    _is(
+        "worker-killed",
+        r"an input has ended a second worker and is refused with 422 .*sha256 (?P<digest>\w+)",
+        "one input has ended two workers and is refused with 422 since then: SHA-256 {digest}",
+        "find out who sends it, and what the handler does with it; a restart forgets it",
+    ),
+    _is(
+        "answer-timeout",
+        _RECYCLED + r"hung: ",
+        "a worker of {who} hung at a batch and was ended; the batch failed",
+        "find the input that takes so long; where batches may, raise hang_seconds and responseTimeout",
+    ),
+    _is(
+        "worker-dead",
+        _RECYCLED + r"stopped: ",
+        "a worker of {who} was stopped by a signal and ended",
+        "find out who sends SIGSTOP: a debugger, or a freezer of containers",
+    ),
+    _is(
+        "host-memory",
+        _RECYCLED + r"memory: ",
+        "a worker of {who} grew beyond worker_memory_mb and was started anew once it was idle",
+        "find what the handler keeps, or raise worker_memory_mb",
+        "warning",
+    ),
+    _is(
+        "host-memory",
+        r"the memory limit of \d+ MB is not kept for (?P<who>\S+ \S+):",
+        "worker_memory_mb is not kept for {who}: its workers take more from the start",
+        "raise worker_memory_mb",
+        "warning",
     ),
     _is(
         "gpu-memory",
@@ -228,6 +276,18 @@ SIGNATURES: tuple[Signature, ...] = (
         "the configuration was refused",
         "correct what the line names",
     ),
+    _is(
+        "worker-dead",
+        _RECYCLED + r"waiting: ",
+        "a worker of {who} died so often that TorchServe waited with starting it again",
+        "the findings beside this one say why it dies, or the lines before this one",
+    ),
+    _is(
+        "worker-dead",
+        _RECYCLED + r"(?:died|gpu): (?P<why>[^\n]+)",
+        "a worker of {who} died: {why}",
+        "see the handler; `marina verify MAR` runs it without a server",
+    ),
     # Any other Python error of a handler: named, so that "Worker died" is never the last word.
     _is(
         "handler-error",
@@ -279,8 +339,9 @@ def in_log(lines: Iterable[str]) -> Iterator[Finding]:
         elif _DIED.search(message):
             died = died or message
     strong = [cause for cause in found.values() if cause.code not in _WEAK]
-    yield from strong or found.values()
-    if died and not found:
+    explained = any(cause.severity == "fault" for cause in strong)
+    yield from strong if explained else found.values()
+    if died and not any(cause.severity == "fault" for cause in found.values()):
         yield Finding(
             code="worker-dead",
             cause="a worker died and its log says nothing about why: killed, for want of memory perhaps",

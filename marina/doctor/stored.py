@@ -71,7 +71,8 @@ def _clashes(index: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     counted = Counter((entry["name"], entry["version"]) for entry in index.values())
     for (name, version), count in sorted(counted.items()):
         if count > 1:
-            named = ", ".join(sorted(file for file, entry in index.items() if entry["version"] == version))
+            same = (file for file, entry in index.items() if (entry["name"], entry["version"]) == (name, version))
+            named = ", ".join(sorted(same))
             yield Finding(
                 code="version-clash",
                 cause=f"{count} archives of the store are {name} {version}: {named}",

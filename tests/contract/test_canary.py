@@ -117,6 +117,12 @@ def test_a_failing_version_is_found_by_the_clients_own_answers(gate: Front, spli
     assert time.monotonic() - began < STAGES.longest_seconds, "certain failures are not waited for"
 
 
+def test_a_version_that_refuses_requests_is_found(gate: Front, splits: Path) -> None:
+    """TorchServe's 503 for a full queue or no worker reaches clients as 429, like the gateway's own refusals."""
+    verdict = _stage(gate, splits, 25, "status:503:ServiceUnavailableException@/2.0")["error rate"]
+    assert not verdict.passed and verdict.measured == 1.0
+
+
 def test_a_slow_version_is_found(gate: Front, splits: Path) -> None:
     found = _stage(gate, splits, 25, "sleep:0.4@/2.0")
     assert found["error rate"].passed and not found["p99"].passed

@@ -89,6 +89,12 @@ def test_each_number_of_the_targets_has_a_row_with_its_verdict(record):
     assert rows["echo model: p50 at 1 connection"] == ("0.6 ms", "not measured")
 
 
+def test_the_text_row_says_with_which_layout(record):
+    record["text"] = [{"connections": 64, "layout": {"workers": 1, "threads": 2, "batch": 64}}]
+    names = [name for name, _, _ in report.figure_rows(record)]
+    assert "text model at 64 connections / echo rate (1x2, batch 64)" in names
+
+
 def test_the_document_holds_every_system_and_every_absence(record):
     text = "\n\n".join(report.sections(record))
     assert "| Marina, plain | 32 | 62.0 (62.0 to 62.0; 1) |" in text

@@ -3,10 +3,13 @@
 import pytest
 
 from benchmarks import run, schedule
+from benchmarks.__main__ import YARDSTICK, find_model
+from benchmarks.errors import BenchmarkError
 from benchmarks.record import Record
 from benchmarks.run import Bench
 from benchmarks.schedule import PROFILES, Task
 from benchmarks.systems import PLAIN, Layout, Place, Setup
+from marina.errors import ArchiveError
 
 pytestmark = pytest.mark.unit
 
@@ -72,3 +75,11 @@ def test_a_tuned_layout_holds_for_every_rung_and_others_get_the_default(record):
 def test_a_rung_may_differ_from_itself_by_no_more_than_a_little_of_its_engine_s_tolerance():
     built = {PLAIN: {}, "bf16": {"tolerance": 0.02}, "int8": {"tolerance": 0.3}}
     assert run.tolerances(built) == {PLAIN: 0.01, "bf16": 0.02, "int8": 0.03}
+
+
+def test_without_its_model_the_comparison_says_how_to_train_it(tmp_path):
+    with pytest.raises(BenchmarkError) as caught:
+        find_model(tmp_path, YARDSTICK)
+    assert f"marina train {YARDSTICK}" in str(caught.value.remedy)
+    with pytest.raises(ArchiveError, match="no artifact other"):
+        find_model(tmp_path, "other")

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import systems
+from benchmarks.echo import systems as echo
 from benchmarks.systems import PEERS, PLAIN, Layout, Place, Setup
+from marina import model_config, store, tune_config
+from marina.model_config import CONFIG_FILE
 from marina.server import Server
+from support.artifacts import write_artifact
 
 pytestmark = pytest.mark.unit
 
@@ -73,6 +77,27 @@ def test_nothing_of_our_own_environment_tunes_a_server(monkeypatch):
     assert found["OMP_NUM_THREADS"] == "4"
     assert found["HARMLESS"] == "kept"
     assert not {"MALLOC_ARENA_MAX", "PYTHONPATH", "TS_CONFIG_FILE", "MARINA_ENGINE"} & set(found)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_archive_has_the_layout_that_is_measured_whatever_the_artifact_has(tmp_path, tuned):
+    artifact = write_artifact(tmp_path / "artifacts")
+    own = (systems.ROOT / "handlers" / "image_classifier.yaml").read_text().replace("batchSize: 32", "batchSize: 17")
+    if tuned:
+        (artifact / CONFIG_FILE).write_text(own.replace("minWorkers: 1", "minWorkers: 2").replace("ers: 1", "ers: 2"))
+    assert systems.shipped_layout(artifact, 4) == (Layout(2, 2, 17) if tuned else Layout(1, 4, 32))
+    packed = systems.pack(artifact, Layout(3, 1, 5), tmp_path / "store")
+    found = model_config.read(tune_config.config_of(packed.path))
+    assert (found["minWorkers"], found["maxWorkers"], found["batchSize"]) == (3, 3, 5)
+    assert systems.shipped_layout(artifact, 4) == (Layout(2, 2, 17) if tuned else Layout(1, 4, 32)), "it is a copy"
+    assert store.select(tmp_path / "store", []) == [packed]
+
+
+def test_the_text_model_is_compared_with_echo_as_it_is_shipped():
+    found = model_config.read((systems.ROOT / "handlers" / "text_classifier.yaml").read_text())
+    assert {key: found[key] for key in ("minWorkers", "batchSize")} == {
+        key: echo.MODEL_CONFIG[key] for key in ("minWorkers", "batchSize")
+    }
 
 
 def test_every_peer_has_pinned_requirements_and_a_server(monkeypatch, tmp_path):

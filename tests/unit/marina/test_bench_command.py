@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from handlerlib.errors import MarinaError
 from marina import archive
+from marina.bench_cli import _loops
 from marina.cli import app
+from marina.loadgen import Closed, Open
 from support import images
 from support.artifacts import write_artifact
 from support.commands import ROOT, Ran, marina, project
@@ -52,6 +54,21 @@ def test_an_open_loop_with_files_as_a_table(server: OddServer, tmp_path: Path) -
     assert set(server.bodies) == {images.photo(0), images.photo(1)}
 
 
+@pytest.mark.parametrize(
+    ("connections", "rate", "found"),
+    [
+        (None, None, [Closed(connections=8)]),
+        ("1,8", None, [Closed(connections=1), Closed(connections=8)]),
+        (None, "50", [Open(rate=50)]),
+        ("8", "50,100", [Open(rate=50, connections=8), Open(rate=100, connections=8)]),
+    ],
+)
+def test_connections_mean_what_was_asked_for(
+    connections: str | None, rate: str | None, found: list[Closed | Open]
+) -> None:
+    assert _loops(connections, rate, "constant") == found
+
+
 def test_wrong_answers_end_with_an_error_after_the_table(server: OddServer, tmp_path: Path) -> None:
     ran = bench(tmp_path, server.url("/ok"), "--expect", "left", "--rate", "50")
     assert ran.code == 7
@@ -69,6 +86,7 @@ def test_wrong_answers_end_with_an_error_after_the_table(server: OddServer, tmp_
         (["SERVER/ok", "--body", "missing.jpg"], 3, "missing.jpg"),
         (["SERVER/ok", "-c", "0"], 2, "above 0"),
         (["SERVER/ok", "--rate", "fast"], 2, "not a number"),
+        (["SERVER/ok", "--rate", "50", "-c", "4,8"], 2, "one number only beside --rate"),
         (["SERVER/ok", "--header", "nonsense"], 2, "Name: value"),
         (["SERVER/ok", "--check", "no.such:thing"], 3, "ModuleNotFoundError"),
         (["SERVER/predictions/nobody"], 3, "--body"),

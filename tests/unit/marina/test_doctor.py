@@ -8,21 +8,23 @@ import os
 import re
 import socket
 import stat
-import threading
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from marina import gateway, processes
+from marina import doctor_cli, gateway, processes
 from marina.archive import sha256_of
 from marina.doctor import examine, host, signatures, stored
-from marina.doctor.finding import CODES, Finding
+from marina.doctor.finding import CODES, Finding, Repair
 from marina.errors import ConfigError
 from marina.home import Home
+from marina.screen import Screen
 from support.artifacts import write_artifact
-from support.commands import project
+from support.commands import environment, marina, project
 from support.engines import write_torch_engine
 
 SOUND = """\
@@ -233,9 +235,10 @@ def test_what_is_to_be_served_must_be_there(home: Home) -> None:
 def test_strangers_clashes_and_a_damaged_index(home: Home) -> None:
     put(home, "m", "1.0")
     put(home, "m", "1.0", file="copy.mar")
+    put(home, "another", "1.0")
     (home.store / "other.mar").write_bytes(b"")
     found = in_store(home)
-    assert "copy.mar" in found["version-clash"].cause
+    assert found["version-clash"].cause.endswith("are m 1.0: copy.mar, m-1.0.mar")
     assert "--publish" in found["archive-not-indexed"].remedy
     (home.store / "index.json").write_text('{"archives": {"a": 1}}')
     assert list(in_store(home)) == ["index-damaged"]
@@ -261,7 +264,12 @@ def test_traps_of_a_model_configuration(home: Home, code: str, before: str, afte
 
 # ----------------------------------------------------------------------------------------------------------------- log
 
+DIED = (  # of a worker that is killed
+    "2026-11-21T20:51:08,205 [DEBUG] W-9000-m_1.0 org.pytorch.serve.wlm.WorkerThread - Backend worker monitoring thread "
+    "interrupted or backend worker process died., responseTimeout:5sec"
+)
 STOCK = "2026-11-21T09:00:00,123 [INFO ] W-9000-m_1.0-stdout MODEL_LOG - "
+WATCHDOG = "worker 9001 (pid 22645) of m 1.0 is recycled: "
 MESSAGES = [
     ("java-too-old", "java.lang.UnsupportedClassVersionError: org/pytorch/serve/ModelServer has been compiled by"),
     ("java-missing", "error: no java: JAVA_HOME is not set"),
@@ -281,7 +289,19 @@ MESSAGES = [
     ("java-memory", "java.lang.OutOfMemoryError: Java heap space"),
     ("java-memory", "java.lang.OutOfMemoryError: Cannot reserve 16384 bytes of direct buffer memory"),
     ("host-memory", STOCK + "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-    ("worker-killed", "W-9000-m_1.0 Backend worker process died, exit code: 137"),
+    ("worker-killed", "torchserve-1 exited with code 137"),
+    ("worker-killed", '[INFO ] W-9000-m_1.0 ACCESS_LOG - /127.0.0.1:46880 "POST /predictions/m HTTP/1.1" 507 56'),
+    ("worker-killed", WATCHDOG + "died: the kernel ended it for want of memory"),
+    ("worker-killed", WATCHDOG + "died: ended from outside, or crashed in native code: it left no word"),
+    ("worker-killed", "an input has ended a second worker and is refused with 422 from now on: sha256 87d7c5bc"),
+    ("worker-dead", WATCHDOG + "died: the worker ended without a Python error; its last words: bye"),
+    ("worker-dead", WATCHDOG + "stopped: the process was stopped by a signal (SIGSTOP)"),
+    ("worker-dead", WATCHDOG + "waiting: TorchServe waits before it starts this one again, or has given up"),
+    ("handler-import", WATCHDOG + "died: ModuleNotFoundError: No module named 'yaml'"),
+    ("gpu-error", WATCHDOG + "gpu: CUDA error: device-side assert triggered"),
+    ("answer-timeout", WATCHDOG + "hung: no answer for 2.2 s to 1 input; the longest batch before took 0.00 s"),
+    ("host-memory", "the memory limit of 400 MB is not kept for m 1.0: a worker that has just loaded takes 512 MB"),
+    ("host-memory", WATCHDOG + "memory: 900 MB resident, the limit is 500 MB"),
     ("gpu-memory", STOCK + "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
     ("gpu-driver", STOCK + "RuntimeError: CUDA error: no kernel image is available for execution on the device"),
     ("gpu-driver", STOCK + "RuntimeError: The NVIDIA driver on your system is too old (found version 11040)"),
@@ -302,10 +322,11 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("code", "line"), MESSAGES)
 def test_a_line_of_a_log_betrays_its_cause(code: str, line: str) -> None:
-    (finding,) = signatures.in_log(
-        ["all is well\n", line + "\n", "org.pytorch.serve.wlm.WorkerThread - Worker died.\n"]
-    )
+    found = list(signatures.in_log(["all is well\n", line + "\n", DIED + "\n"]))
+    finding = found[0]
     assert finding.code == code, finding
+    # What is only in danger does not explain a death.
+    assert [item.code for item in found[1:]] == ([] if finding.severity == "fault" else ["worker-dead"])
     assert finding.remedy
     assert "{" not in finding.cause
 
@@ -329,9 +350,10 @@ def test_an_engine_that_does_not_fit_is_told_and_one_that_is_switched_off_is_not
 
 
 def test_worker_died_is_never_the_last_word() -> None:
-    died = "2026 [ERROR] W-9000-m_1.0 org.pytorch.serve.wlm.WorkerThread - Backend worker process died."
-    (alone,) = signatures.in_log([died])
-    assert (alone.code, alone.evidence) == ("worker-dead", died)
+    (alone,) = signatures.in_log([DIED])
+    assert (alone.code, alone.evidence) == ("worker-dead", DIED)
+    (failed,) = signatures.in_log(["[WARN ] W-9001-m_1.0 BatchAggregator - Load model failed: m, error: Worker died."])
+    assert failed.code == "worker-dead"
     traceback = [
         STOCK + "Traceback (most recent call last):",
         STOCK + '  File "/tmp/models/x/handler.py", line 1, in <module>',
@@ -340,11 +362,18 @@ def test_worker_died_is_never_the_last_word() -> None:
         STOCK + "During handling of the above exception, another exception occurred:",
         STOCK + "ModuleNotFoundError: No module named 'ts.torch_handler.handler'",
         STOCK + "RuntimeError: 500 - Unknown exception",
-        died,
+        DIED,
     ]
     (explained,) = signatures.in_log(traceback)
     assert explained.code == "handler-import"
     assert "'cv3'" in explained.cause
+
+
+def test_deaths_that_the_watchdog_tells_of_hide_behind_no_warning_and_count_once() -> None:
+    refused = 'Model "m" has no worker to serve inference request. Please use scale workers API to add workers.'
+    died = "worker 900{0} (pid 2264{0}) of m 1.0 is recycled: died: the worker ended without a Python error"
+    found = list(signatures.in_log([refused, *(died.format(number) for number in range(3))]))
+    assert [(item.code, item.severity) for item in found] == [("queue-full", "warning"), ("worker-dead", "fault")]
 
 
 def test_a_quiet_log_betrays_nothing() -> None:
@@ -366,16 +395,60 @@ def test_at_least_twenty_five_faults_have_a_name() -> None:
 # --------------------------------------------------------------------------------------------------------------- whole
 
 
-def test_a_group_that_hangs_or_breaks_hides_none_of_the_others(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    released = threading.Event()
+def test_what_hangs_is_named_and_keeps_neither_the_others_nor_the_process(home: Home) -> None:
+    """A server that takes connections and never answers, and a log that nobody writes to."""
+    log = home.root / "log"
+    os.mkfifo(log)
+    with socket.create_server(("127.0.0.1", 0)) as supervisor, socket.create_server(("127.0.0.1", 0)) as management:
+        ports = [str(item.getsockname()[1]) for item in (supervisor, management)]
+        ran = marina(
+            home.root, "doctor", "--json", "--log", log, timeout=60,
+            MARINA_SUPERVISOR_PORT=ports[0], MARINA_MANAGEMENT_PORT=ports[1],
+        )  # fmt: skip
+    causes = [item["cause"] for item in ran.json["findings"]]
+    for port in ports:
+        assert any(f"127.0.0.1:{port} hangs" in cause for cause in causes), causes
+        assert not any(f"port {port}" in cause for cause in causes), "nobody is told to stop it as a stranger"
+    assert any("checks of the log did not end" in cause for cause in causes)
+    assert "store-empty" in {item["code"] for item in ran.json["findings"]}
 
-    def hang(_: object) -> Iterator[Finding]:
-        released.wait(30)
-        yield from ()
 
-    monkeypatch.setattr(examine, "SECONDS", 4.0)
-    monkeypatch.setattr(examine.host, "check", hang)
-    found = examine.examine(home, surroundings())
-    released.set()
-    assert "store-empty" in {finding.code for finding in found}
-    assert any("checks of the machine did not end" in finding.cause for finding in found)
+@pytest.mark.parametrize(
+    ("error", "code"), [(PermissionError(13, "denied", "/x"), "file-permissions"), (ValueError("odd"), "check-failed")]
+)
+def test_a_check_that_breaks_hides_none_of_the_others(
+    home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def broken(_: object) -> Iterator[Finding]:
+        yield Finding(code="disk-full", cause="seen before", remedy="r")
+        raise error
+
+    monkeypatch.setattr(examine.host, "check", broken)
+    found = {finding.code for finding in examine.examine(home, surroundings())}
+    assert {"store-empty", "disk-full", code} <= found
+
+
+def test_keys_of_another_user_are_a_finding(home: Home) -> None:
+    (home.root / "secrets").mkdir(mode=0)
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from marina.doctor import host\n"
+        "from marina.home import Home\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"
+        "print(*(found.code for found in host._allowed(host._keys(Home(Path(sys.argv[1]))))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(home.root)], env=environment(home.root), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "file-permissions\n"), done.stderr
+
+
+def test_a_repair_that_is_not_allowed_is_said_and_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = Path("/proc/self/status")  # not even root may change its mode
+    finding = Finding(
+        code="keys", cause="c", remedy="r", repair=Repair(what="close it", run=lambda: theirs.chmod(0o600))
+    )
+    assert doctor_cli._repair([finding], Screen(False)) == []
+    assert "not done: close it: Operation not permitted" in capsys.readouterr().out

@@ -11,7 +11,10 @@ from marina import scoring, training_cli
 from support import images
 from support.artifacts import write_artifact
 from support.commands import project
+from training import pipeline
+from training.data import Sample
 from training.errors import DataError
+from training.scoring import Questions
 
 
 @pytest.fixture
@@ -44,6 +47,33 @@ def test_an_artifact_is_scored_on_any_labelled_folder(home: Path, capsys: pytest
 def test_a_class_that_the_model_does_not_know(home: Path) -> None:
     with pytest.raises(DataError, match=r"the class 'wolf', which .* does not know"):
         training_cli.evaluate("tiny", data=photos(home / "photos", "red", "wolf"))
+
+
+def test_files_that_are_no_samples_are_left_out_by_name(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photos(home / "photos", *images.LABELS)
+    thumbs = folder / images.LABELS[0] / "Thumbs.db"
+    thumbs.write_bytes(b"no picture")
+    training_cli.evaluate("tiny", data=folder, report_file=home / "report.html", as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    name = f"{images.LABELS[0]}/Thumbs.db"
+    assert [one["name"] for one in found["left_out"]] == [name] and found["left_out"][0]["reason"]
+    assert found["metrics"]["test_images"] == 3
+    text = (home / "report.html").read_text(encoding="utf-8")
+    assert "judged on 3 samples" in text and name in text
+    training_cli.evaluate("tiny", data=folder)
+    said = capsys.readouterr().out
+    assert "1 left out:" in said and f"{name}: " in said
+    for picture in folder.rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(DataError, match=r"none of 1 samples can be read; .*Thumbs\.db: "):
+        training_cli.evaluate("tiny", data=folder)
+
+
+def test_a_sample_of_the_test_split_that_cannot_be_read_is_named(home: Path) -> None:
+    asked = Questions("test split", 1, lambda: iter([Sample("red/1.png", images.LABELS[0], b"no picture")]), ())
+    with pytest.raises(DataError, match=r"^red/1\.png: ") as caught:
+        pipeline.evaluate_on(home / "artifacts" / "tiny" / "1.0", asked)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize(

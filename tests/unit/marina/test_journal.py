@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"event": "end"', '"event" "end"'))
     with pytest.raises(StoreError, match=r"rollouts\.jsonl is damaged in line 2"):
         Journal(tmp_path).unfinished()
+
+
+@pytest.mark.parametrize("room", [0, 20], ids=["none", "for a part of the line"])
+def test_a_line_that_finds_no_room_is_an_error_and_leaves_the_journal_as_it_was(tmp_path: Path, room: int) -> None:
+    writer = _begin(tmp_path)
+    path = tmp_path / JOURNAL_FILE
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+    try:
+        with pytest.raises(StoreError, match=r"rollouts\.jsonl cannot be written: ") as refused:
+            writer.commit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "make room" in refused.value.remedy
+    begun = Journal(tmp_path).unfinished()
+    assert begun is not None and not begun.committed
+    writer.end("reverted")
+    assert Journal(tmp_path).unfinished() is None
 
 
 def test_a_long_journal_makes_room_and_forgets_nothing_unfinished(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -94,6 +95,25 @@ def test_the_same_state_differs_in_nothing(tmp_path: Path) -> None:
     assert plan.differences("a", "digits", digits, seen) == [], "a worker that is down for a moment is no difference"
     grown = [_status("1.0", 1), _status("2.0", 4, default=True, ready=3)]
     assert plan.differences("a", "digits", digits, grown) == [], "nor is a dead entry that was replaced"
+
+
+def test_another_batch_than_the_archives_is_a_difference(tmp_path: Path) -> None:
+    digits = _read(tmp_path, GOOD).models["digits"]
+    seen = [_status("1.0", 1), _status("2.0", 3, default=True)]
+    assert plan.differences("a", "digits", digits, seen, {"1.0": (1, 1), "2.0": (1, 1)}) == []
+    (row,) = plan.differences("a", "digits", digits, seen, {"1.0": (8, 2), "2.0": (1, 1)})
+    assert (row.what, row.wanted, row.found) == ("1.0 batch", "8, 2 ms", "1, 1 ms")
+
+
+def test_a_model_that_nobody_asked_for_is_a_difference(tmp_path: Path) -> None:
+    seen = [
+        dataclasses.replace(_status("1.0", 1, default=True), name=name)
+        for name in ("digits", "stranger", "deployed", "digits--tune")
+    ]
+    deployed = Serving(models={"deployed": ModelServing(default="1.0", versions={"1.0": 1})})
+    (row,) = plan.not_in_file("a", {"digits"}, deployed, seen)
+    assert (row.model, row.wanted, row.found) == ("stranger", "not served", "served")
+    assert plan.not_in_file("a", {"digits"}, None, seen) == [], "before the first rollout all that is served is meant"
 
 
 def test_every_difference_is_one_row(tmp_path: Path) -> None:

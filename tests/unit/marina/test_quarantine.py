@@ -48,6 +48,44 @@ def test_a_record_says_what_is_at_work_and_since_when(quarantine: Quarantine, gu
     assert after is not None and after.began is None and after.marks == () and after.done == 1 and after.longest > 0
 
 
+def test_what_is_shared_has_its_room_on_the_disk_beforehand(guard: Guard, tmp_path: Path) -> None:
+    """Writing to a page that a full disk has no room for would end the process by SIGBUS."""
+    for name in ("state", f"worker-{os.getpid()}"):
+        held = (tmp_path / FOLDER / name).stat()
+        assert held.st_blocks * 512 >= held.st_size >= 4096, name
+
+
+def test_on_a_full_disk_a_worker_goes_on_unguarded(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    code = (
+        "import resource, sys, tempfile\n"
+        "from handlerlib import quarantine\n"
+        "tempfile.tempdir = sys.argv[1]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "print(quarantine.guard().run([b'x'], list))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "handlers")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "[b'x']\n"), done.stderr
+
+
+def test_lists_that_could_not_be_written_are_written_later(
+    quarantine: Quarantine, guard: Guard, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / FOLDER / ".list.json"
+    in_the_way.mkdir()
+    for _ in range(2):
+        quarantine.ended(_die_at(tmp_path, [POISON], POISON))
+    quarantine.tidy()
+    assert str(in_the_way) in quarantine.unpublished
+    in_the_way.rmdir()
+    quarantine.tidy()
+    assert quarantine.unpublished == "" and quarantine.refused == 0
+    quarantine.ended(_die_at(tmp_path, [POISON], POISON))
+    assert isinstance(guard.run([POISON], _lengths)[0], UnprocessableInput)
+
+
 def _die_at(tmp_path: Path, inputs: Sequence[bytes], fatal: bytes) -> int:
     """A worker's process that is killed when it works on `fatal`; returns its process id."""
     code = (

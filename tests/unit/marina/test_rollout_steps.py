@@ -3,7 +3,13 @@ keeps a list stands for one, because what is tested is what is asked of it, and 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
+import json
+import os
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from marina import serving, store
+from marina import journal, rollout, serving, store
 from marina.archive import Archive, sha256_of
 from marina.client import ModelStatus, WorkerStatus
 from marina.errors import ClientError, StoreError, Unreachable
 from marina.gates import Arm, GateFailed
 from marina.journal import Journal
+from marina.processes import interruptible
 from marina.rollout import Rollout, Step
 from marina.serving import ModelServing, NotServed, Previous, Serving
 from marina.shadow import Shadow
@@ -30,13 +37,20 @@ class Listed:
     asked: list[str]
     default: str = "2.0"
     versions: dict[str, int] = field(default_factory=lambda: {"2.0": 1})
+    batches: dict[str, int] = field(default_factory=dict)
+    """Version -> batch size, where it is not 1."""
     alike: int = 30
     """Of 30 inputs in a shadow."""
     fails: str = ""
     error: BaseException = field(default_factory=lambda: Unreachable("the connection broke"))
 
     def status(self) -> tuple[ModelStatus, ...]:
-        return tuple(_status(version, count, version == self.default) for version, count in self.versions.items())
+        return tuple(
+            dataclasses.replace(
+                _status(version, count, version == self.default), batch_size=self.batches.get(version, 1)
+            )
+            for version, count in self.versions.items()
+        )
 
     def register(self, key: str, workers: int) -> None:
         self._note(f"register {key} {workers}")
@@ -179,6 +193,8 @@ def test_a_failed_gate_reverts_and_says_which_and_by_how_much(
     assert "(36.7%), at least 80.0% must (reverted, m 2.0 is served as before)" in str(failed.value)
     assert [item.versions for item in replicas] == [{"2.0": 1}] * 2 and serving.read(folder) == before
     assert not (folder / "m-3.0.mar").exists()
+    assert [item.key for item in store.archives(folder)] == ["m:1.0", "m:2.0"]
+    assert set(store.read_index(folder)["archives"]) == {"m-1.0.mar", "m-2.0.mar"}, "nor does the index know it"
     assert [verdict.passed for verdict in rollout.verdicts] == [True, True, False]
 
 
@@ -276,6 +292,22 @@ def test_the_next_command_settles_before_it_acts(
     assert told[0].what.startswith("a killed deploy of m (at: ") and told[0].what.endswith("is taken back")
 
 
+def test_a_copy_that_was_killed_is_removed(
+    replicas: list[Listed], folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(source: Path, target: Path) -> None:
+        target.with_name(f".{target.name}.123").write_text("half")
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rollout, "_copy", die)
+        patched.setattr(Rollout, "_fail", lambda self, begun, error: None)
+        with pytest.raises(Killed):
+            _rollout(replicas, folder).deploy(deployable)
+    assert _rollout(replicas, folder).recover().startswith("deploy of m (at: publish m-3.0.mar)")
+    assert not list(folder.glob("*3.0*")) + list(folder.glob(".m-*"))
+
+
 def test_a_killed_rollout_can_be_left_as_it_is(
     replicas: list[Listed], folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +358,53 @@ def test_bringing_a_model_to_a_state_loads_before_it_switches_and_retires_last(
     assert serving.read(folder) == Serving(models={"m": target})
 
 
+def test_a_version_with_another_batch_is_registered_again_while_another_one_answers(
+    replicas: list[Listed], folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "batching", lambda folder, name: {"1.0": (1, 1), "2.0": (8, 1)})
+    replicas[1].batches["2.0"] = 8
+    target = ModelServing(default="2.0", versions={"1.0": 3, "2.0": 1})
+    _rollout(replicas, folder).bring("m", target)
+    assert asked == [
+        "a register m:1.0 3", "a prove m:1.0", "a default m:1.0",
+        "b register m:1.0 3", "b prove m:1.0", "b default m:1.0",
+        "a retire m:2.0", "a register m:2.0 1", "a prove m:2.0", "a default m:2.0", "b default m:2.0",
+    ]  # fmt: skip
+    assert serving.read(folder) == Serving(models={"m": target})
+
+
+def test_the_only_version_is_never_taken_away_for_its_batch(
+    replicas: list[Listed], folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "batching", lambda folder, name: {"2.0": (8, 1)})
+    _rollout(replicas, folder).bring("m", ModelServing(default="2.0", versions={"2.0": 1}))
+    assert asked == []
+
+
+def test_only_a_model_that_no_rollout_has_brought_is_removed(
+    replicas: list[Listed], folder: Path, asked: list[str]
+) -> None:
+    assert not _rollout(replicas, folder).remove("m") and asked == []
+    serving.write(folder, Serving())
+    replicas[0].versions["1.0"] = 1
+    assert _rollout(replicas, folder).remove("m")
+    assert asked == ["a retire m:1.0", "a retire m:2.0", "b retire m:2.0"]
+
+
+def test_a_first_rollout_that_fails_forgets_no_other_model(replicas: list[Listed], folder: Path) -> None:
+    """Before there is a file, what a server was started with counts."""
+
+    class Several(Listed):
+        def status(self) -> tuple[ModelStatus, ...]:
+            return (*super().status(), dataclasses.replace(_status("7.0", 1, True), name="n"))
+
+    (folder / serving.SERVING_FILE).unlink()
+    with pytest.raises(Unreachable):
+        _rollout([Several("a", [], fails="scale")], folder).scale("m", 2)
+    held = serving.read(folder)
+    assert held is not None and {name: model.default for name, model in held.models.items()} == {"m": "2.0", "n": "7.0"}
+
+
 def test_what_goes_is_not_expected_any_more(replicas: list[Listed], folder: Path, asked: list[str]) -> None:
     class Seeing(Listed):
         def retire(self, key: str) -> None:
@@ -372,6 +451,77 @@ def test_an_interruption_is_reverted_and_said(replicas: list[Listed], folder: Pa
         Rollout(replicas, folder, python="python3", report=told.append).rollback("m")
     assert told[-1].what == "interrupted; reverted, m 2.0 is served as before"
     assert replicas[0].versions == replicas[1].versions == {"2.0": 1}
+
+
+@pytest.mark.parametrize(
+    "gone", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), SystemExit(1)], ids=repr
+)
+@pytest.mark.parametrize("fails", ["", "prove"])
+def test_nobody_has_to_listen(replicas: list[Listed], folder: Path, gone: BaseException, fails: str) -> None:
+    """`marina rollback m | head -1`, and a terminal that is closed: forwards and back."""
+
+    def report(step: Step) -> None:
+        raise gone
+
+    replicas[1].fails = fails
+    with contextlib.nullcontext() if not fails else pytest.raises(Unreachable):
+        Rollout(replicas, folder, python="python3", report=report).rollback("m")
+    goal = {"2.0": 1} if fails else {"2.0": 1, "1.0": 3}
+    assert [item.versions for item in replicas] == [goal] * 2 and Journal(folder).unfinished() is None
+
+
+def test_a_lost_terminal_that_is_told_twice_is_reverted_once(folder: Path) -> None:
+    """The shell and the kernel each send SIGHUP."""
+
+    class Hanging(Listed):
+        def prove(self, key: str) -> None:
+            super().prove(key)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+        def retire(self, key: str) -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+            super().retire(key)
+
+    replica = Hanging("a", [])
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        _rollout([replica], folder).rollback("m")
+    assert replica.versions == {"2.0": 1} and Journal(folder).unfinished() is None
+
+
+def test_whatever_ends_it_is_reverted(replicas: list[Listed], folder: Path) -> None:
+    replicas[1].fails, replicas[1].error = "prove", SystemExit(1)
+    with pytest.raises(SystemExit):
+        _rollout(replicas, folder).rollback("m")
+    assert [item.versions for item in replicas] == [{"2.0": 1}] * 2 and Journal(folder).unfinished() is None
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("event", ["begin", "start", "done", "commit", "end"])
+def test_a_full_disk_is_an_error_with_a_remedy(
+    replicas: list[Listed], folder: Path, monkeypatch: pytest.MonkeyPatch, event: str, again: bool
+) -> None:
+    """At each kind of line of the journal: what has begun goes back, and what cannot be settled is settled later."""
+    full: list[bytes] = []
+    real = journal._append_line
+
+    def append(path: Path, line: bytes) -> None:
+        if (full and again) or (not full and json.loads(line)["event"] == event):
+            full.append(line)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "_append_line", append)
+        expected = pytest.raises(StoreError, match=r"rollouts\.jsonl cannot be written: No space left on device")
+        with expected if event != "done" or again else contextlib.nullcontext():
+            _rollout(replicas, folder).rollback("m")
+    assert full
+    forwards = event == "end" or (event == "done" and not again)
+    goal = ("1.0", {"2.0": 1, "1.0": 3}) if forwards else ("2.0", {"2.0": 1})
+    assert [(item.default, item.versions) for item in replicas] == [goal] * 2
+    _rollout(replicas, folder).recover()
+    assert Journal(folder).unfinished() is None
+    assert [(item.default, item.versions) for item in replicas] == [goal] * 2
 
 
 def test_scaling_up_promises_after_and_down_before(replicas: list[Listed], folder: Path) -> None:
