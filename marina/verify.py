@@ -6,6 +6,7 @@ The checks that would run the archive's code are skipped while one that guards i
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 import os
@@ -293,7 +294,8 @@ def golden(subject: Subject) -> Iterator[Finding]:
 
 
 def engine(subject: Subject) -> Iterator[Finding | str]:
-    """The same with the engine that the archive brings, within its own tolerance; a note where it cannot run here."""
+    """The same with the engine that the archive brings, within its own tolerance and near its own answers; a note where
+    it cannot run here."""
     if subject.engine is None:
         return
     damaged = tuple(_engine_files(subject.engine, subject.root))
@@ -304,7 +306,12 @@ def engine(subject: Subject) -> Iterator[Finding | str]:
     if report["stage"] == "import":
         yield Finding(f"with the engine {rung}: {report['error']}", ENGINE_FILE, _OPTIMISED)
     elif report.get("engine") == rung or "error" in report:
-        yield from _answered(report, subject.spec, subject.engine.tolerance, f"engine {rung}, ")
+        found = tuple(_answered(report, subject.spec, subject.engine.tolerance, f"engine {rung}, "))
+        own = engine_spec.own_golden(subject.spec.golden, subject.engine.own_answers)
+        if not found and own is not None:
+            judged = dataclasses.replace(subject.spec, golden=own)
+            found = tuple(_answered(report, judged, own.tolerance, f"engine {rung} beside its own answers, "))
+        yield from found
     elif report["reason"] in _DAMAGED:
         yield Finding(f"the engine {rung} cannot serve where it fits: {report['fallback']}", ENGINE_FILE, _OPTIMISED)
     else:

@@ -198,6 +198,12 @@ class Cores:
         if self._board is not None:
             self._board.end()
 
+    def shares(self) -> tuple[int, ...]:
+        """All that `share` may ever give, the largest first."""
+        if self._board is None:
+            return (self._without,)
+        return tuple(dict.fromkeys(max(1, self.count // busy) for busy in range(1, _PLACES + 1)))
+
     def share(self) -> int:
         """Threads for what is done next, 1 to `count`."""
         if self._board is None:

@@ -14,17 +14,21 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from handlerlib.errors import SpecError
-from handlerlib.spec import parse, require
+from handlerlib.spec import Golden, parse, require
 
 SCHEMA_VERSION = 1
 ENGINE_FILE = "engine.json"
 ENGINE_FOLDER = "engine"
+
+OWN_TOLERANCE = 0.03
+"""How far a probability of an engine may be from its own when it was judged: other sizes of batches and processors sum
+in another order. The tolerance against the plain weights is wider, and would let pass what was never judged."""
 
 Kind = Literal["torch", "openvino", "aoti"]
 """torch: eager, from the plain weights. openvino: OpenVINO's IR. aoti: a package of torch's AOTInductor."""
@@ -163,6 +167,9 @@ class EngineSpec:
     """Largest absolute difference of any probability from the stored golden ones, which are the plain weights' own."""
     golden_difference: float
     """The largest one seen when the engine was built."""
+    own_answers: tuple[tuple[float, ...], ...] = ()
+    """Its own probabilities per golden sample, asked alone, when its accuracy was judged. What its numbers may have
+    changed since is a matter of `OWN_TOLERANCE`. Left out of the file when empty: older code kept none."""
     accuracy: Accuracy | None = None
     """Null: not measured, only allowed for fp32."""
     measurements: tuple[Measurement, ...] = ()
@@ -180,7 +187,10 @@ class EngineSpec:
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, two-space indent, one trailing newline. Same value, same bytes."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        fields = dataclasses.asdict(self)
+        if not self.own_answers:
+            del fields["own_answers"]
+        return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> EngineSpec:
@@ -226,6 +236,21 @@ def files_obstacle(spec: EngineSpec, folder: Path) -> Obstacle | None:
         if digest != file.sha256:
             return Obstacle("files", f"{file.path} is not the file that was built: its SHA-256 differs")
     return None
+
+
+def own_golden(golden: Golden, own_answers: Sequence[tuple[float, ...]]) -> Golden | None:
+    """The same samples with the engine's own answers and the tolerance that holds for them; None when it kept none.
+
+    Raises SpecError when they do not belong to these samples.
+    """
+    if not own_answers:
+        return None
+    expected = [len(sample.probabilities) for sample in golden.samples]
+    require([len(row) for row in own_answers] == expected, "own_answers", f"rows of {expected} numbers", own_answers)
+    samples = (
+        dataclasses.replace(sample, probabilities=row) for sample, row in zip(golden.samples, own_answers, strict=True)
+    )
+    return Golden(tolerance=OWN_TOLERANCE, samples=tuple(samples))
 
 
 def sha256_of(path: Path) -> str:

@@ -6,10 +6,12 @@ Whatever stands against it, the plain weights answer instead, and one line of th
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +20,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from handlerlib import architectures, engine_spec, engines, stored
+from handlerlib import architectures, engine_spec, engines, inputs, stored
 from handlerlib.calibration import soften
 from handlerlib.engine_spec import EngineSpec, Obstacle, Reason
 from handlerlib.engines import Engine, PlainEngine
 from handlerlib.errors import MarinaError, SpecError
-from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, Golden, ModelSpec
 
 __all__ = ["Engine", "LoadedModel", "PlainEngine", "SelfTestFailed", "Serving", "load", "self_test", "warm_up"]
 
@@ -63,6 +65,8 @@ class Serving:
     """Why the plain weights answer instead of `packed`; None when they do not."""
     detail: str = ""
     """The same as a sentence."""
+    own_answers: tuple[tuple[float, ...], ...] = ()
+    """Of `engine`, per golden sample, when it was judged; empty when they were not kept."""
 
 
 @dataclass(slots=True)
@@ -92,6 +96,7 @@ def load(folder: Path, device: torch.device) -> LoadedModel:
     Raises SpecError when the spec is wrong or the weights do not belong to its architecture, and BadSwitch.
     """
     switch = _switch()
+    engines.use_float32(device)
     spec = ModelSpec.load(folder)
     try:
         engine = EngineSpec.load(folder)
@@ -108,7 +113,9 @@ def load(folder: Path, device: torch.device) -> LoadedModel:
         opened = engines.open_engine(engine, folder, spec.preprocess, device, lambda: read_network(folder, spec))
     except Exception as error:  # noqa: BLE001 - runtimes raise anything; the plain weights can always answer
         return _plain(spec, folder, device, engine.rung, Obstacle("load", f"{type(error).__name__}: {error}"))
-    serving = Serving(engine=engine.rung, tolerance=engine.tolerance, packed=engine.rung)
+    serving = Serving(
+        engine=engine.rung, tolerance=engine.tolerance, packed=engine.rung, own_answers=engine.own_answers
+    )
     return LoadedModel(spec, opened, device, serving)
 
 
@@ -117,22 +124,37 @@ def read_network(folder: Path, spec: ModelSpec) -> nn.Module:
     return _assemble(spec, _read_weights(folder / WEIGHTS_FILE)).eval().requires_grad_(False)
 
 
-def self_test(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path) -> float:
+def self_test(
+    model: LoadedModel,
+    answer: Callable[[bytes], Tensor],
+    folder: Path,
+    *,
+    batch: int = 1,
+    prepare: Callable[[], object] = lambda: None,
+) -> float:
     """Run every golden sample through `answer` (encoded bytes -> probabilities `[classes]`), which asks `model`.
 
-    An engine that fails with its own tolerance is replaced by the plain weights, which are then tested with the spec's.
-    Returns the largest difference seen. Raises SelfTestFailed naming the sample, what was expected and what came.
+    An engine must also answer them in batches of `batch`, stay near its own answers where `engine.json` holds them, and
+    get through `prepare`, which warms up what was proved. One that fails at any of it is replaced by the plain weights,
+    which are then tested with the spec's tolerance and prepared. Returns the largest difference from the golden samples.
+    Raises SelfTestFailed naming the sample, what was expected and what came, and for the plain weights what `prepare`
+    raises.
     """
-    serving = model.serving
+    serving, golden = model.serving, model.spec.golden
     if serving.engine != PLAIN:
         try:
-            worst = _largest_difference(model, answer, folder, serving.tolerance or model.spec.golden.tolerance)
+            worst = _prove_engine(model, answer, folder, batch)
+            prepare()
         except Exception as error:  # noqa: BLE001 - as in `load`
-            _fall_back(model, folder, str(error))
+            _fall_back(
+                model, folder, str(error) if isinstance(error, MarinaError) else f"{type(error).__name__}: {error}"
+            )
         else:
             logger.info("%s %s is served by its engine %s", model.spec.name, model.spec.version, serving.engine)
             return worst
-    return _largest_difference(model, answer, folder, model.spec.golden.tolerance)
+    worst = _largest_difference(model.spec, _alone(golden, answer, folder), golden)
+    prepare()
+    return worst
 
 
 def warm_up(
@@ -195,20 +217,57 @@ def _fall_back(model: LoadedModel, folder: Path, detail: str) -> None:
     model.engine, model.serving = plain.engine, plain.serving
 
 
-def _largest_difference(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path, tolerance: float) -> float:
+def _prove_engine(model: LoadedModel, answer: Callable[[bytes], Tensor], folder: Path, batch: int) -> float:
+    """Alone and in a batch, against the plain weights' golden answers and against its own."""
+    spec, serving = model.spec, model.serving
+    answers = _alone(spec.golden, answer, folder)
+    if batch > 1:
+        answers = itertools.chain(answers, _together(model, folder, batch))
+    rows = list(answers)
+    golden = dataclasses.replace(spec.golden, tolerance=serving.tolerance or spec.golden.tolerance)
+    worst = _largest_difference(spec, rows, golden)
+    own = engine_spec.own_golden(spec.golden, serving.own_answers)
+    if own is not None:
+        _largest_difference(spec, rows, own, "of the engine's own answers, ")
+    elif golden.tolerance > engine_spec.OWN_TOLERANCE:
+        logger.info(
+            "%s %s: the engine %s brings no answers of its own, and is held to %g of the plain weights' alone",
+            spec.name, spec.version, serving.engine, golden.tolerance,
+        )  # fmt: skip
+    return worst
+
+
+def _alone(golden: Golden, answer: Callable[[bytes], Tensor], folder: Path) -> Iterator[tuple[int, Tensor]]:
+    """Number of the sample and its answer, one at a time."""
+    for index, sample in enumerate(golden.samples):
+        yield index, answer(_read_golden(folder / sample.file, sample.file))
+
+
+def _together(model: LoadedModel, folder: Path, batch: int) -> Iterator[tuple[int, Tensor]]:
+    """The same from whole batches, in which samples come again until each is full."""
+    samples, reading = model.spec.golden.samples, inputs.of(model.spec)
+    items = [reading.load(_read_golden(folder / sample.file, sample.file)) for sample in samples]
+    for start in range(0, len(items), batch):
+        indices = [index % len(items) for index in range(start, start + batch)]
+        yield from zip(indices, model.probabilities(reading.stack([items[index] for index in indices])), strict=True)
+
+
+def _largest_difference(
+    spec: ModelSpec, answers: Iterable[tuple[int, Tensor]], golden: Golden, which: str = ""
+) -> float:
     worst = 0.0
-    what = "value" if model.spec.task == "regression" else "probability"
-    units = torch.tensor(model.spec.units)
-    for sample in model.spec.golden.samples:
-        got = answer(_read_golden(folder / sample.file, sample.file))
+    what = "value" if spec.task == "regression" else "probability"
+    units, tolerance = torch.tensor(spec.units), golden.tolerance
+    for number, got in answers:
+        sample = golden.samples[number]
         expected = torch.tensor(sample.outputs)
         difference = (got - expected).abs() / units
         index = int(difference.argmax())
         # Written so that a NaN fails too.
         if not float(difference.max()) <= tolerance:
-            label = model.spec.labels[index]
+            label = spec.labels[index]
             raise SelfTestFailed(
-                f"golden sample {sample.file}: {what} of '{label}' expected {float(expected[index]):.6f}, "
+                f"golden sample {sample.file}: {which}{what} of '{label}' expected {float(expected[index]):.6f}, "
                 f"got {float(got[index]):.6f}, tolerance {tolerance:g}",
                 remedy="serve with the torch version and device that the archive was built for, or export and pack again",
             )

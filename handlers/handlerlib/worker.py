@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from handlerlib import answers, loading, parking, payload, protocol, quarantine, telemetry
+from handlerlib import answers, engines, loading, parking, payload, protocol, quarantine, telemetry
 from handlerlib.answers import Ranked
 from handlerlib.cores import Cores
 from handlerlib.errors import InferenceFailed, OutOfMemory, RequestError
@@ -134,6 +134,8 @@ class ModelHandler(ABC):
         folder = Path(properties["model_dir"])
         gpu = properties.get("gpu_id")
         device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # compiled packages ask for streams of the current one
         self.batch_size = max(1, int(properties.get("batch_size") or 1))
         workers = max(1, int((context.model_yaml_config or {}).get("minWorkers", 1)))
         self.cores = Cores.of_server(workers)
@@ -146,9 +148,14 @@ class ModelHandler(ABC):
             self._recorder = Recorder(spec.name, spec.version)
             self._guard = quarantine.guard()
             self._renderer = answers.renderer(spec)
-            self._chunk = self.batch_size if device.type == "cuda" else _chunk(self.batch_size, spec.architecture)
-            worst = loading.self_test(self.model, self._answer_alone, folder)
-            self._warm_up(device, workers)
+            self._chunk = rows_at_once(self.batch_size, spec.architecture, device)
+            worst = loading.self_test(
+                self.model,
+                self._answer_alone,
+                folder,
+                batch=self._chunk,
+                prepare=lambda: self._warm_up(device),
+            )
         finally:
             self.cores.end()
         self.reporter = telemetry.Reporter(spec, context.metrics, self.model.serving)
@@ -162,17 +169,18 @@ class ModelHandler(ABC):
             spec.name, spec.version, device, len(spec.golden.samples), worst, self._chunk, self.cores.count,
         )  # fmt: skip
 
-    def _warm_up(self, device: torch.device, workers: int) -> None:
+    def _warm_up(self, device: torch.device) -> None:
         """Every batch size on a GPU. On a CPU a size's first batch takes some milliseconds longer, not more; there the
-        largest makes room in memory, and the smallest prepares each number of threads that a worker may get.
+        largest makes room in memory, and the smallest prepares each number of threads that engines tell apart: whose
+        workers will be busy beside this one, nobody knows at start.
         """
         if device.type == "cuda":
             loading.warm_up(self.model, dict.fromkeys([1, self._chunk, *range(2, self._chunk)]))
             return
         count = self.cores.count
         loading.warm_up(self.model, dict.fromkeys([1, self._chunk]), threads=(count,))
-        for busy in range(2, max(2, workers) + 1):
-            loading.warm_up(self.model, [1], threads=(max(1, count // busy),))
+        steps = (engines.thread_step(share, count) for share in self.cores.shares())
+        loading.warm_up(self.model, [1], threads=tuple(dict.fromkeys(steps)))
 
     def _answer_alone(self, data: bytes) -> Tensor:
         return self.model.probabilities(self.to_batch([self.decode(data)]), self.cores.count)[0]
@@ -286,7 +294,10 @@ def _ranked(rows_BK: Tensor, top_k: int, renderer: answers.Renderer) -> list[Out
     return ranked
 
 
-def _chunk(batch_size: int, shape: Architecture) -> int:
+def rows_at_once(batch_size: int, shape: Architecture, device: torch.device) -> int:
+    """Into how large parts a worker on `device` takes a batch of `batch_size` apart."""
+    if device.type == "cuda":
+        return batch_size
     rows = CHUNK_VALUES // (shape.channels * shape.height * shape.width)
     return min(batch_size, max(CHUNK_ROWS, rows))
 

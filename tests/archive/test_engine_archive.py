@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from handlerlib.engine_spec import EngineSpec
-from handlerlib.spec import WEIGHTS_FILE
+from handlerlib.spec import WEIGHTS_FILE, ModelSpec
 from marina import archive, golden, verify
 from marina.archive import Archive
 from marina.errors import ArchiveError
@@ -100,6 +103,29 @@ def test_an_engine_that_does_not_keep_its_promise(mar: Archive, tmp_path: Path) 
     found = check("stray", lambda root: (root / "engine" / "extra.so").write_bytes(b""))
     assert "engine/extra.so: engine.json does not name this file" in found
     assert "rung must be lower case" in check("spec", lambda root: forged(root, "rung", "Nonsense Rung"))
+
+
+def test_an_engine_must_still_answer_as_when_it_was_judged(optimised: Path) -> None:
+    engine = EngineSpec.load(optimised)
+    assert engine is not None
+
+    def said(shift: float) -> list[str]:
+        rows = [[row[0] + shift, row[1] - shift, *row[2:]] for row in engine.own_answers]
+        labelled = [[{"index": index, "probability": value} for index, value in enumerate(row)] for row in rows]
+        answers = [{"status": 200, "body": json.dumps({"predictions": [row]})} for row in labelled]
+        report = {"stage": "golden", "engine": engine.rung, "alone": answers, "unasked": [], "batch": [], "order": []}
+        subject: Any = SimpleNamespace(
+            engine=dataclasses.replace(engine, tolerance=0.3),
+            spec=ModelSpec.load(optimised),
+            root=optimised,
+            replayed_engine=report,
+        )
+        return [f"{one.where}: {one.message}" for one in verify.engine(subject) if isinstance(one, verify.Finding)]
+
+    assert said(0.02) == []
+    found = said(0.04)
+    assert len(found) == len(engine.own_answers)
+    assert found[0].startswith("engine openvino-int8 beside its own answers, golden/0.png, alone: probability of")
 
 
 def test_a_damaged_engine_is_not_packed(optimised: Path, handlers: Path, tmp_path: Path) -> None:

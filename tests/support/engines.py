@@ -36,8 +36,8 @@ def write_optimised(folder: Path, rung: str = "openvino-int8", *, name: str = "t
     x_NCHW = photos(60)
     reference = judge.answers(plain, x_NCHW, 1)
     compared = judge.compare(reference, judge.answers(engine, x_NCHW, 1), reference.argmax(dim=1))
-    difference = judge.golden_difference(engine, spec, artifact, 1)
-    tolerance = judge.tolerance(spec, draft.precision, difference)
+    golden = judge.golden(engine, spec, artifact, 1)
+    tolerance = judge.tolerance(spec, draft.precision, golden.difference)
     assert tolerance is not None
     found = EngineSpec(
         rung=draft.rung,
@@ -47,7 +47,8 @@ def write_optimised(folder: Path, rung: str = "openvino-int8", *, name: str = "t
         files=draft.files,
         built_for=draft.built_for,
         tolerance=tolerance,
-        golden_difference=difference,
+        golden_difference=golden.difference,
+        own_answers=golden.answers,
         accuracy=compared.record(budget=100.0),
         measurements=(Measurement(batch=1, threads=1, milliseconds=1.0, reference_milliseconds=2.0),),
     )

@@ -366,6 +366,13 @@ def complete(bench: Bench, form: Form, budget: float) -> Form:
     return form
 
 
+def weights_loss(bench: Bench, form: Form) -> float:
+    """Percentage points that the float weights beside a complete form's engine lose to the parent on the test split."""
+    packed = EngineSpec.load(bench.folder / form.name)
+    assert packed is not None and packed.accuracy is not None and form.test is not None
+    return form.test.before - 100 * packed.accuracy.reference
+
+
 def parent_size(bench: Bench) -> Size:
     return measure.size(bench.network, bench.spec.architecture, weighed_files(bench, bench.target))
 
@@ -409,13 +416,15 @@ def _settle_engine(bench: Bench, form: Form, budget: float) -> str:
     spec, engine = spec_of(bench, form.name), engine_of(bench, form.name)
     packed = EngineSpec.load(folder)
     assert packed is not None
-    difference = judging.golden_difference(engine, spec, folder, bench.threads)
-    tolerance = judging.tolerance(spec, packed.precision, difference)
+    golden = judging.golden(engine, spec, folder, bench.threads)
+    tolerance = judging.tolerance(spec, packed.precision, golden.difference)
     if tolerance is None:
         return (
-            f"a golden probability of {form.engine} is {difference:.2f} off the plain weights' own, which answer in its"
-            f" place on other machines; at most {judging.CAPS[packed.precision]:g} is taken"
+            f"a golden probability of {form.engine} is {golden.difference:.2f} off the plain weights' own, which answer in"
+            f" its place on other machines; at most {judging.CAPS[packed.precision]:g} is taken"
         )
+    if judging.strays(golden.spread):
+        return f"{form.engine}: {judging.strays(golden.spread)}"
     own = plain_engine(bench, network_of(bench, form.name))
     against = measure.compare(_correct(bench, own, "test"), right(bench, form.name, "test"))
     accuracy = Accuracy(
@@ -427,7 +436,13 @@ def _settle_engine(bench: Bench, form: Form, budget: float) -> str:
         interval_points=(round(against.low, 4), round(against.high, 4)),
         budget_points=budget,
     )
-    settled = dataclasses.replace(packed, tolerance=tolerance, golden_difference=difference, accuracy=accuracy)
+    settled = dataclasses.replace(
+        packed,
+        tolerance=tolerance,
+        golden_difference=golden.difference,
+        own_answers=golden.answers,
+        accuracy=accuracy,
+    )
     files.write_text(folder / ENGINE_FILE, settled.to_json())
     return ""
 

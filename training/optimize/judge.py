@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handlerlib import imaging
 from handlerlib.calibration import soften
-from handlerlib.engine_spec import Accuracy, Precision
+from handlerlib.engine_spec import OWN_TOLERANCE, Accuracy, Precision
 from handlerlib.engines import Engine
 from handlerlib.spec import ModelSpec
 from training import paired, pipeline
@@ -67,6 +67,18 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """What an engine answers to the golden samples, at the spec's temperature."""
+
+    difference: float
+    """The largest one of any probability from the plain weights'; NaN counts as 1."""
+    spread: float
+    """The largest one between a batch's answer and the engine's own to the same sample alone; NaN counts as 1."""
+    answers: tuple[tuple[float, ...], ...]
+    """Per sample, asked alone, as `EngineSpec.own_answers` keeps them."""
+
+
 def data(artifact: Path, *, root: Path | None, limit: int, report: Report = silent) -> Data:
     """The artifact's test split (its first `limit` images; 0: all) and training images, as its provenance says.
 
@@ -93,8 +105,8 @@ def answers(engine: Engine, x_NCHW: Tensor, threads: int, report: Report = silen
     return torch.cat(rows)
 
 
-def golden_difference(engine: Engine, spec: ModelSpec, folder: Path, threads: int) -> float:
-    """The largest difference of any probability of the golden samples in `folder`; NaN counts as 1.
+def golden(engine: Engine, spec: ModelSpec, folder: Path, threads: int) -> Golden:
+    """Ask an engine the golden samples in `folder`.
 
     Each is asked alone, and all together, repeated to a batch of 32: what one size does says little about another.
     """
@@ -103,10 +115,21 @@ def golden_difference(engine: Engine, spec: ModelSpec, folder: Path, threads: in
     x_NCHW = imaging.batch(encoded, spec.preprocess, spec.limits)
     expected_NK = torch.tensor([sample.probabilities for sample in samples])
     alone_NK = torch.cat([engine(x_NCHW[row : row + 1], threads) for row in range(len(samples))])
+    alone_NK = soften(alone_NK, spec.temperature)
     rows = torch.arange(max(_BATCH, len(samples))) % len(samples)
-    answers_MK = soften(torch.cat([alone_NK, engine(x_NCHW[rows], threads)]), spec.temperature)
-    differences = answers_MK - torch.cat([expected_NK, expected_NK[rows]])
-    return float(differences.abs().nan_to_num(nan=1.0).max())
+    together_MK = soften(engine(x_NCHW[rows], threads), spec.temperature)
+    return Golden(
+        difference=max(_largest(alone_NK - expected_NK), _largest(together_MK - expected_NK[rows])),
+        spread=_largest(together_MK - alone_NK[rows]),
+        answers=tuple(tuple(round(value, 7) for value in row) for row in alone_NK.nan_to_num(nan=1.0).tolist()),
+    )
+
+
+def strays(spread: float) -> str:
+    """Why an engine of this `Golden.spread` would not pass a worker's self-test; empty when it would."""
+    if spread <= OWN_TOLERANCE:
+        return ""
+    return f"its answer to one image differs by {spread:.2g} between a batch and alone, {OWN_TOLERANCE:g} is allowed"
 
 
 def tolerance(spec: ModelSpec, precision: Precision, difference: float) -> float | None:
@@ -129,6 +152,10 @@ def compare(reference_NK: Tensor, candidate_NK: Tensor, targets_N: Tensor) -> Co
         loss_points=difference.points,
         interval=(difference.low, difference.high),
     )
+
+
+def _largest(differences: Tensor) -> float:
+    return float(differences.abs().nan_to_num(nan=1.0).max())
 
 
 def _decoded(samples: Sequence[Sample], spec: ModelSpec, report: Report) -> Tensor:

@@ -28,6 +28,7 @@ from handlerlib import cores, engine_spec, engines
 from handlerlib.engine_spec import Accuracy, Dropped, EngineSpec
 from handlerlib.loading import PLAIN
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
+from handlerlib.worker import rows_at_once
 from training import files
 from training.errors import DataError, Interrupted, RecipeError, TargetError
 from training.export import METRICS_FILE, PROVENANCE_FILE, require_images, to_json
@@ -152,7 +153,8 @@ def choose(outcomes: Sequence[Outcome], objective: Objective) -> Outcome | None:
 def gain(outcome: Outcome, objective: Objective) -> float:
     """How many times faster than the plain weights, measured in turns with them.
 
-    latency: one image on all cores. throughput: the largest batch on one thread, as a busy worker has it. both: the
+    latency: one image on all cores. throughput: the largest batch that goes through a worker at once, on one thread, as
+    a busy worker has it. both: the
     geometric mean of the two.
     """
     assert outcome.trial is not None
@@ -197,7 +199,7 @@ def _run_name(artifact: Path, spec: ModelSpec, settings: Settings, wanted: Seque
         "cores": cores.usable(),
         "packages": {name: engine_spec.installed_version(name) for name in ("torch", "openvino", "nncf")},
         "device": settings.device,
-        "measured": [settings.limit, settings.seconds, settings.batch_size, [rung.name for rung in wanted]],
+        "measured": [settings.limit, settings.seconds, _at_once(spec, settings), [rung.name for rung in wanted]],
         "code": _code_digest(),
     }
     return f"optimize-{spec.name}-{hashlib.sha256(to_json(identity).encode()).hexdigest()[:8]}"
@@ -257,22 +259,22 @@ def _climb_one(
     failed = folder / _FAILED_FILE
     if not (folder / trial.TRIAL_FILE).exists():
         if not failed.exists():
-            reason = _attempt(artifact, settings, rung, folder, data)
+            reason = _attempt(artifact, spec, settings, rung, folder, data)
             if reason:
                 folder.mkdir(exist_ok=True)
                 files.write_text(failed, reason)
         if failed.exists():
             return Outcome(rung=rung.name, reason=failed.read_text(encoding="utf-8"))
     found = trial.read_trial(folder)
-    allowed = judge.tolerance(spec, rung.precision, found.golden_difference)
-    reason = "" if rung.packed else "it compiles at each start; aoti is its packed form"
+    allowed = judge.tolerance(spec, rung.precision, found.golden.difference)
+    reason = judge.strays(found.golden.spread) if rung.packed else "it compiles at each start; aoti is its packed form"
     if allowed is None:
         cap = judge.CAPS.get(rung.precision, spec.golden.tolerance)
-        reason = f"a golden probability differs by {found.golden_difference:.2g}, {cap:g} is allowed"
+        reason = f"a golden probability differs by {found.golden.difference:.2g}, {cap:g} is allowed"
     return Outcome(rung=rung.name, reason=reason, trial=found, tolerance=allowed)
 
 
-def _attempt(artifact: Path, settings: Settings, rung: Rung, folder: Path, data: Path | None) -> str:
+def _attempt(artifact: Path, spec: ModelSpec, settings: Settings, rung: Rung, folder: Path, data: Path | None) -> str:
     """Build and try; why it could not be done, or nothing."""
     reason = rungs.missing(rung, settings.device, calibration=data is not None)
     if reason:
@@ -284,7 +286,7 @@ def _attempt(artifact: Path, settings: Settings, rung: Rung, folder: Path, data:
     try:
         for what in stages:
             try:
-                trial.run(_job(what, rung, artifact, folder, data, settings))
+                trial.run(_job(what, rung, artifact, spec, folder, data, settings))
             except ChildFailed as error:
                 return f"{what}: {error}"
     finally:
@@ -292,8 +294,18 @@ def _attempt(artifact: Path, settings: Settings, rung: Rung, folder: Path, data:
     return ""
 
 
+def _at_once(spec: ModelSpec, settings: Settings) -> int:
+    return rows_at_once(settings.batch_size, spec.architecture, torch.device(settings.device))
+
+
 def _job(
-    what: Literal["build", "trial"], rung: Rung, artifact: Path, folder: Path, data: Path | None, settings: Settings
+    what: Literal["build", "trial"],
+    rung: Rung,
+    artifact: Path,
+    spec: ModelSpec,
+    folder: Path,
+    data: Path | None,
+    settings: Settings,
 ) -> Job:
     return Job(
         what=what,
@@ -302,7 +314,7 @@ def _job(
         folder=folder.resolve(),
         data=data.resolve() if data else None,
         device=settings.device,
-        pairs=measure.loads(settings.batch_size),
+        pairs=measure.loads(_at_once(spec, settings)),
         seconds=settings.seconds,
     )
 
@@ -348,7 +360,8 @@ def _engine(chosen: Outcome, outcomes: Sequence[Outcome], draft: Draft) -> Engin
         files=draft.files,
         built_for=draft.built_for,
         tolerance=chosen.tolerance,
-        golden_difference=round(chosen.trial.golden_difference, 8),
+        golden_difference=round(chosen.trial.golden.difference, 8),
+        own_answers=chosen.trial.golden.answers,
         accuracy=chosen.accuracy,
         measurements=chosen.trial.measurements,
         dropped=tuple(Dropped(rung=outcome.rung, reason=outcome.reason or "slower") for outcome in others),
@@ -392,5 +405,6 @@ def row(outcome: Outcome) -> dict[str, Any]:
     found["accuracy"] = dataclasses.asdict(outcome.accuracy) if outcome.accuracy else None
     if outcome.trial is not None:
         found |= dataclasses.asdict(outcome.trial)
+        found |= {"golden_difference": found.pop("golden")["difference"]}
         found["gain"] = {kind: round(gain(outcome, kind), 3) for kind in ("latency", "throughput", "both")}
     return found

@@ -17,9 +17,10 @@ from handlerlib.spec import Architecture, ModelSpec
 _FEWEST_TURNS = 3
 
 
-def loads(batch_size: int) -> tuple[tuple[int, int], ...]:
-    """(batch, threads) that a worker will see: a lone request on all cores; queues of 4, 8 and a full batch on one."""
-    batches = sorted({1, 4, 8, batch_size})
+def loads(at_once: int) -> tuple[tuple[int, int], ...]:
+    """(batch, threads) that a worker will see: a lone request on all cores; queues of 4, 8 and as many images as it takes
+    `at_once` on one."""
+    batches = [batch for batch in (1, 4, 8) if batch < at_once] + [at_once]
     return tuple(dict.fromkeys([(1, cores.usable()), *((batch, 1) for batch in batches)]))
 
 

@@ -188,17 +188,17 @@ def _built_for(rung: Rung, device: Device) -> BuiltFor:
     return BuiltFor(
         device=device,
         machine=platform.machine(),
-        cpu_features=() if device == "cuda" else _needed(rung),
+        cpu_features=_needed(rung, device),
         gpu_capability=capability,
         packages=(Package(name=package, at_least=f"{major}.{minor}", below=below),),
     )
 
 
-def _needed(rung: Rung) -> tuple[str, ...]:
+def _needed(rung: Rung, device: Device) -> tuple[str, ...]:
     """Features without which the numbers would be others, the gain lost, or (compiled here) the process killed."""
     if rung.engine != "aoti":
-        return _instruction(rung.precision)
-    # The compiler was told to use whatever this processor has.
+        return _instruction(rung.precision) if device == "cpu" else ()
+    # The compiler was told to use whatever this processor has; also for what runs on it around a GPU's kernels.
     return tuple(sorted(name for name in engine_spec.cpu_features() if name.startswith(_COMPILED_FOR)))
 
 

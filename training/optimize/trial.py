@@ -21,13 +21,14 @@ from typing import Literal
 import safetensors.torch
 import torch
 
-from handlerlib import cores, loading
+from handlerlib import cores, engines, loading
 from handlerlib.engine_spec import BuiltFor, EngineFile, Measurement, Package, TorchOptions
 from handlerlib.engines import PlainEngine
 from handlerlib.errors import MarinaError
 from handlerlib.spec import ModelSpec
 from training import files
 from training.optimize import judge, measure, rungs
+from training.optimize.judge import Golden
 from training.optimize.rungs import Draft
 
 DRAFT_FILE = "draft.json"
@@ -61,7 +62,7 @@ class Trial:
     """What a rung showed. Its answers on the test images, when there are any, lie beside it."""
 
     rung: str
-    golden_difference: float
+    golden: Golden
     load_seconds: float
     """Opening the engine and its first answer, libraries included."""
     memory_mib: int
@@ -119,7 +120,9 @@ def read_draft(folder: Path) -> Draft:
 def read_trial(folder: Path) -> Trial:
     """What `trial` wrote."""
     value = json.loads((folder / TRIAL_FILE).read_text(encoding="utf-8"))
-    return Trial(**value | {"measurements": tuple(Measurement(**one) for one in value["measurements"])})
+    golden = value["golden"] | {"answers": tuple(tuple(row) for row in value["golden"]["answers"])}
+    measurements = tuple(Measurement(**one) for one in value["measurements"])
+    return Trial(**value | {"golden": Golden(**golden), "measurements": measurements})
 
 
 def main(path: Path) -> None:
@@ -134,6 +137,7 @@ def main(path: Path) -> None:
             "pairs": tuple((batch, threads) for batch, threads in value["pairs"]),
         }
     )
+    engines.use_float32(torch.device(job.device))
     (_build if job.what == "build" else _try)(job)
 
 
@@ -153,7 +157,7 @@ def _try(job: Job) -> None:
     engine = rungs.open_engine(draft, job.folder, lambda: loading.read_network(job.artifact, spec), spec, device)
     engine(measure.pixels(spec.architecture, 1), all_cores)
     load_seconds, memory = time.perf_counter() - started, _pss() - before
-    golden_difference = judge.golden_difference(engine, spec, job.artifact, all_cores)
+    golden = judge.golden(engine, spec, job.artifact, all_cores)
     reference = PlainEngine(loading.read_network(job.artifact, spec).to(device), spec.preprocess, device)
     measurements = measure.times(engine, reference, spec, job.pairs, seconds=job.seconds)
     x_NCHW = _tensor(job, "test")
@@ -164,7 +168,7 @@ def _try(job: Job) -> None:
         )
     trial = Trial(
         rung=job.rung,
-        golden_difference=golden_difference,
+        golden=golden,
         load_seconds=round(load_seconds, 3),
         memory_mib=round(memory / 2**20),
         engine_bytes=sum((job.folder / file.path).stat().st_size for file in draft.files),

@@ -44,6 +44,9 @@ def with_built_for(**fields: object) -> EngineSpec:
 def test_text_and_value_are_the_same_thing() -> None:
     assert EngineSpec.from_json(SPEC.to_json()) == SPEC
     assert EngineSpec.from_json(SPEC.to_json()).to_json() == SPEC.to_json()
+    assert "own_answers" not in SPEC.to_json()  # as older code wrote it
+    kept = dataclasses.replace(SPEC, own_answers=((0.25, 0.75), (1.0, 0.0)))
+    assert EngineSpec.from_json(kept.to_json()) == kept
 
 
 @pytest.mark.parametrize(

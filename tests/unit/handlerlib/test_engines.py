@@ -49,7 +49,11 @@ def started(folder: Path) -> tuple[LoadedModel, float]:
 def test_the_packed_engine_answers_within_its_tolerance(int8: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         model, worst = started(int8)
-    assert model.serving == loading.Serving("openvino-int8", model.serving.tolerance, "openvino-int8")
+    assert (model.serving.engine, model.serving.packed, model.serving.fallback) == (
+        "openvino-int8",
+        "openvino-int8",
+        None,
+    )
     assert isinstance(model.engine, engines.OpenVinoEngine)
     # int8 is not float32: if it were, nothing would have been quantised.
     assert 1e-6 < worst <= (model.serving.tolerance or 0)
@@ -213,3 +217,119 @@ def test_metrics_name_the_engine_and_the_reason(artifact: Path, caplog: pytest.L
         "marina_engine model:tiny,version:1.1,engine:openvino-int8 0",
         "marina_engine_fallback model:tiny,version:1.1,reason:machine 1",
     ]
+
+
+def test_float32_on_a_gpu_is_float32(tmp_path: Path) -> None:
+    """In a process of its own: the settings are torch's and last as long as it."""
+    code = (
+        "import torch; from pathlib import Path; from handlerlib import loading\n"
+        "backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul\n"
+        "before = [one.fp32_precision for one in backends]\n"
+        "loading.engines.use_float32(torch.device('cpu'))\n"
+        "assert [one.fp32_precision for one in backends] == before\n"
+        "try: loading.load(Path('nowhere'), torch.device('cuda:0'))\n"
+        "except loading.SpecError: pass\n"
+        "print(*(one.fp32_precision for one in backends), torch.backends.cudnn.allow_tf32)"
+    )
+    path = str(Path(engines.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.split() == ["ieee", "ieee", "False"], done.stderr
+
+
+class Odd:
+    """An engine whose answers are right until something is done to them."""
+
+    def __init__(self, inner: loading.Engine, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self._inner, self._change = inner, change
+
+    def __call__(self, x_BCHW: torch.Tensor, threads: int) -> torch.Tensor:
+        return self._change(x_BCHW, self._inner(x_BCHW, threads))
+
+
+def with_engine(
+    folder: Path, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> tuple[LoadedModel, Callable[[bytes], torch.Tensor]]:
+    """A loaded model whose engine is odd, and what asks it for one image."""
+    model = loading.load(folder, CPU)
+    model.engine = Odd(model.engine, change)
+    return model, lambda data: model.probabilities(imaging.batch([data], model.spec.preprocess, model.spec.limits), 1)[
+        0
+    ]
+
+
+def no_batches(x_BCHW: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    if len(x_BCHW) > 1:
+        raise RuntimeError("no such batch")
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (no_batches, "RuntimeError: no such batch"),
+        (lambda x_BCHW, answers: answers if len(answers) == 1 else answers.roll(1, 0), "golden sample golden/"),
+    ],
+    ids=["fails", "mixes them up"],
+)
+def test_an_engine_that_cannot_do_batches_does_not_serve(
+    int8: Path, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], said: str
+) -> None:
+    model, answer = with_engine(int8, change)
+    loading.self_test(model, answer, int8, batch=4)
+    assert (model.serving.engine, model.serving.fallback) == ("plain", "self-test")
+    assert said in model.serving.detail
+
+
+def test_an_engine_that_fails_while_it_warms_up_does_not_serve(int8: Path) -> None:
+    model, answer = with_engine(int8, no_batches)
+    warmed = []
+
+    def prepare() -> None:
+        loading.warm_up(model, [1, 4])
+        warmed.append(model.serving.engine)
+
+    assert loading.self_test(model, answer, int8, prepare=prepare) < 1e-6
+    assert warmed == ["plain"]
+    assert model.serving.detail == "RuntimeError: no such batch"
+
+
+def test_an_engine_stays_near_what_it_answered_when_it_was_judged(
+    artifact: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def moved(x_BCHW: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        return answers + torch.tensor([0.04, -0.04, 0.0])
+
+    forged(artifact, "tolerance", 0.3)
+    model, answer = with_engine(artifact, moved)
+    loading.self_test(model, answer, artifact, batch=4)
+    assert (model.serving.engine, model.serving.fallback) == ("plain", "self-test")
+    assert "of the engine's own answers, probability of" in model.serving.detail
+    # Older ones kept no answers of their own.
+    forged(artifact, "own_answers", [])
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        model, answer = with_engine(artifact, moved)
+        loading.self_test(model, answer, artifact, batch=4)
+    assert model.serving.engine == "openvino-int8"
+    assert "brings no answers of its own, and is held to 0.3" in caplog.text
+    # Those of other samples are none of these.
+    forged(artifact, "own_answers", [[0.5, 0.5]])
+    model, worst = started(artifact)
+    assert (model.serving.fallback, worst < 1e-6) == ("self-test", True)
+    assert model.serving.detail.startswith("own_answers must be rows of [3, 3, 3] numbers")
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", 1), ("cuda", -1), ("cpu", -1)])
+def test_a_compiled_package_is_opened_on_its_workers_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, number: int
+) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path, device_index: opened.append(device_index))
+    engines.AotiEngine(Path("model.pt2"), torch.device(device))
+    assert opened == [number]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from handlerlib import imaging, loading
-from handlerlib.cores import Board
+from handlerlib.cores import Board, Cores
 from handlerlib.spec import ModelSpec
 from image_classifier import ImageClassifier
 from support import images
@@ -231,6 +231,32 @@ def test_a_lone_request_has_all_cores_and_a_worker_beside_a_busy_one_its_share(
     assert decoders == {threading.current_thread().name}
     for other in others:
         other.close()
+
+
+@pytest.mark.parametrize(("count", "prepared"), [(1, [1]), (4, [4, 2, 1]), (12, [12, 4, 2, 1])])
+def test_each_form_that_an_engine_may_be_asked_for_is_made_at_the_start(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, prepared: list[int]
+) -> None:
+    """However many workers are busy later: no request waits until a form for another number of threads is compiled."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("handlerlib.cores.usable", lambda: count)
+    asked: list[int] = []
+    warm_up = loading.warm_up
+
+    def noting(model: loading.LoadedModel, sizes: Any, threads: Any) -> tuple[int, ...]:
+        asked.extend(threads)
+        return warm_up(model, sizes, threads=threads)
+
+    monkeypatch.setattr(loading, "warm_up", noting)
+    ImageClassifier().initialize(context(artifact, batch_size=4))
+    assert list(dict.fromkeys(asked)) == prepared
+
+
+def test_without_a_board_a_worker_prepares_its_only_share(tmp_path: Path) -> None:
+    assert Cores(8, None, workers=3).shares() == (2,)
+    board = Board(tmp_path / "board")
+    assert Cores(6, board).shares() == (6, 3, 2, 1)
+    board.close()
 
 
 def test_a_large_network_gets_a_large_batch_in_parts(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

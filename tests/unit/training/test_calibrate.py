@@ -103,9 +103,9 @@ def test_an_engine_is_judged_at_the_models_temperature(tmp_path: Path) -> None:
     )
     golden = dataclasses.replace(model.spec.golden, samples=softened)
     warm = dataclasses.replace(model.spec, temperature=2.5, golden=golden)
-    assert judge.golden_difference(model.engine, warm, folder, 1) < 1e-5
+    assert judge.golden(model.engine, warm, folder, 1).difference < 1e-5
     forgotten = dataclasses.replace(warm, temperature=1.0)
-    assert judge.golden_difference(model.engine, forgotten, folder, 1) > 1e-3
+    assert judge.golden(model.engine, forgotten, folder, 1).difference > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------- areas and losses
@@ -126,6 +126,13 @@ def test_a_class_without_samples_has_no_area_and_counts_in_no_mean() -> None:
     found = answers("abc", "aabb", [[0.8, 0.1, 0.1], [0.5, 0.4, 0.1], [0.5, 0.4, 0.1], [0.1, 0.8, 0.1]])
     assert found.per_class[2].roc_auc is found.per_class[2].average_precision is None
     assert found.metrics["test_roc_auc"] == np.mean([row.roc_auc for row in found.per_class[:2]])
+
+
+def test_a_class_that_neither_occurs_nor_is_answered_counts_in_no_macro_figure() -> None:
+    metrics = answers("abc", "ab", [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]]).metrics
+    assert [metrics[f"test_macro_{name}"] for name in ("precision", "recall", "f1")] == [1.0, 1.0, 1.0]
+    metrics = answers("abc", "ab", [[0.8, 0.1, 0.1], [0.2, 0.1, 0.7]]).metrics
+    assert metrics["test_macro_f1"] == pytest.approx(1 / 3)
 
 
 def test_samples_of_one_class_only_have_no_areas() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from handlerlib import imaging
+from handlerlib.engine_spec import Accuracy, EngineSpec
 from handlerlib.spec import ModelSpec
+from support.engines import forged, write_torch_engine
 from training import pipeline
 from training.compress import forms, search
 from training.compress.search import Options, Result
@@ -164,6 +169,49 @@ def test_a_form_that_loses_too_much_on_the_test_split_is_refused_there(
     assert search._completed(None, form, 10.0)[1] == "+10.01 points on the test split"  # type: ignore[arg-type]
 
 
+def test_float_weights_that_lose_too_much_are_refused_whatever_their_engine_does(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They answer where the engine does not fit, and training for int8 changes them too."""
+    made = next(row.form for row in result.rows if row.status == "kept" and row.form is not None)
+    form = dataclasses.replace(made, engine="torch-folded")
+    assert form.test is not None
+    shutil.copytree(result.folder / form.name, tmp_path / form.name)
+    right = form.test.after / 100
+    accuracy = Accuracy(
+        split="test", images=form.test.images, reference=right, engine=right, loss_points=0.0,
+        interval_points=(0.0, 0.0), budget_points=10.0,
+    )  # fmt: skip
+    write_torch_engine(tmp_path / form.name, accuracy=accuracy)
+    monkeypatch.setattr(forms, "complete", lambda bench, form, budget: form)
+    bench: Any = SimpleNamespace(folder=tmp_path)
+    assert search._completed(bench, form, 10.0)[1] == ""
+    forged(tmp_path / form.name, "accuracy.reference", round(form.test.before / 100 - 0.2, 6))
+    assert search._completed(bench, form, 10.0)[1] == (
+        "its float weights, for machines without its engine: +20.00 points on the test split"
+    )
+
+
+def test_what_builds_and_times_engines_is_part_of_a_runs_name(
+    parent: Trained, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, recipe = ModelSpec.load(parent.artifact), search.pipeline.recorded_recipe
+    origin = json.loads((parent.artifact / "provenance.json").read_text())
+    tuned = search.tuned(recipe(parent.artifact, origin, None), options)
+
+    def name() -> str:
+        return search.run_id(parent.artifact, spec, origin, tuned, options, 1, "cpu")
+
+    names = [name()]
+    monkeypatch.setattr(search.engine_spec, "installed_version", lambda package: "0.1")
+    names.append(name())
+    monkeypatch.setattr(search.engine_spec, "cpu_features", lambda: frozenset({"sse2"}))
+    names.append(name())
+    monkeypatch.setattr(search.cores, "usable", lambda: 77)
+    names.append(name())
+    assert len(set(names)) == 4
+
+
 def test_a_harsh_pruning_is_refused_and_half_of_the_step_is_tried(
     parent: Trained, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +258,9 @@ def test_int8_of_a_small_network(parent: Trained, home: Path, monkeypatch: pytes
     row = rows["int8"]
     assert row.status == "kept", row.reason
     assert row.artifact is not None
-    assert (row.artifact / "engine.json").exists()
+    engine = EngineSpec.load(row.artifact)
+    assert engine is not None
+    assert [len(answers) for answers in engine.own_answers] == [3] * len(ModelSpec.load(row.artifact).golden.samples)
     assert row.size is not None
     assert rows["parent"].size is not None
     assert row.size.weights_bytes < 0.5 * rows["parent"].size.weights_bytes

@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from handlerlib import loading
+from handlerlib import cores, loading
 from handlerlib.engine_spec import EngineSpec, Measurement
 from handlerlib.spec import ModelSpec
 from support.artifacts import write_artifact
@@ -31,7 +32,12 @@ def tried(rung: str, alone: float, busy: float, *, reason: str = "") -> Outcome:
         Measurement(batch=32, threads=1, milliseconds=16 / busy, reference_milliseconds=16),
     )
     found = Trial(
-        rung=rung, golden_difference=0.0, load_seconds=0.1, memory_mib=10, engine_bytes=0, measurements=measurements
+        rung=rung,
+        golden=judge.Golden(0.0, 0.0, ((1.0,),)),
+        load_seconds=0.1,
+        memory_mib=10,
+        engine_bytes=0,
+        measurements=measurements,
     )
     return Outcome(rung=rung, reason=reason, trial=found, tolerance=1e-3)
 
@@ -123,12 +129,12 @@ def test_a_wrong_answer_in_the_golden_samples_counts(tmp_path: Path) -> None:
     def answering(value: float) -> Callable[[torch.Tensor, int], torch.Tensor]:
         return lambda x_BCHW, threads: torch.full((len(x_BCHW), 3), value)
 
-    assert judge.golden_difference(answering(math.nan), spec, artifact, 1) == 1
-    even = judge.golden_difference(answering(1 / 3), spec, artifact, 1)
+    assert judge.golden(answering(math.nan), spec, artifact, 1).difference == 1
+    even = judge.golden(answering(1 / 3), spec, artifact, 1).difference
     assert even == pytest.approx(max(abs(p - 1 / 3) for s in spec.golden.samples for p in s.probabilities), abs=1e-6)
     plain = loading.load(artifact, torch.device("cpu")).engine
-    assert judge.golden_difference(plain, spec, artifact, 1) < 1e-6
-    mixed_up = judge.golden_difference(lambda x_BCHW, threads: plain(x_BCHW, threads).flip(0), spec, artifact, 1)
+    assert judge.golden(plain, spec, artifact, 1).difference < 1e-6
+    mixed_up = judge.golden(lambda x_BCHW, threads: plain(x_BCHW, threads).flip(0), spec, artifact, 1).difference
     assert mixed_up > 10 * spec.golden.tolerance
 
 
@@ -146,6 +152,28 @@ def test_rungs_that_cannot_be_built_here_say_why(monkeypatch: pytest.MonkeyPatch
         rungs.find("openvino-int4")
 
 
+def test_what_was_compiled_here_needs_this_processor_on_a_gpu_too() -> None:
+    def needed(rung: str, device: rungs.Device) -> tuple[str, ...]:
+        return rungs._needed(rungs.find(rung), device)
+
+    assert needed("aoti-bf16", "cuda") == needed("aoti-bf16", "cpu") != ()
+    assert needed("torch-bf16", "cuda") == ()
+
+
+def test_what_an_engine_answered_is_kept_and_how_much_that_hangs_on_the_batch(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    spec = ModelSpec.load(artifact)
+    plain = loading.load(artifact, torch.device("cpu")).engine
+    found = judge.golden(plain, spec, artifact, 1)
+    assert found.spread < 1e-5
+    for kept, sample in zip(found.answers, spec.golden.samples, strict=True):
+        assert kept == pytest.approx(sample.probabilities, abs=1e-5)
+    assert judge.strays(found.spread) == ""
+    uneven = judge.golden(lambda x, threads: plain(x, threads) + (0.04 if len(x) > 1 else 0.0), spec, artifact, 1)
+    assert uneven.spread == pytest.approx(0.04, abs=1e-5)
+    assert judge.strays(uneven.spread).startswith("its answer to one image differs by 0.04")
+
+
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path)
     places = {"runs": tmp_path / "runs", "artifacts": tmp_path, "report": silent}
@@ -156,6 +184,20 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="torch sees no GPU"):
             ladder.run(artifact, Settings(device="cuda"), **places)
+
+
+@pytest.mark.parametrize(
+    ("side", "device", "expected"),
+    [(16, "cpu", [1, 1, 4, 8, 32]), (224, "cpu", [1, 1, 4, 8]), (224, "cuda", [1, 1, 4, 8, 32])],
+)
+def test_a_full_batch_is_what_a_worker_takes_at_once(
+    tmp_path: Path, side: int, device: Literal["cpu", "cuda"], expected: list[int]
+) -> None:
+    spec = ModelSpec.load(write_artifact(tmp_path))
+    spec = dataclasses.replace(spec, architecture=dataclasses.replace(spec.architecture, height=side, width=side))
+    settings = Settings(device=device, batch_size=32)
+    job = ladder._job("trial", rungs.find("plain"), tmp_path, spec, tmp_path, None, settings)
+    assert [batch for batch, _ in job.pairs] == [1, *expected[1 + (cores.usable() == 1) :]]
 
 
 def test_a_real_climb_without_images_allows_lossless_rungs_alone(tmp_path: Path) -> None:
@@ -173,9 +215,9 @@ def test_a_real_climb_without_images_allows_lossless_rungs_alone(tmp_path: Path)
     for outcome in result.outcomes:
         if outcome.trial is not None:
             pairs = {(one.batch, one.threads) for one in outcome.trial.measurements}
-            assert {(1, 1), (4, 1), (8, 1)} <= pairs
+            assert pairs == {(1, cores.usable()), (1, 1), (4, 1)}
             assert all(one.milliseconds > 0 and one.reference_milliseconds > 0 for one in outcome.trial.measurements)
-            assert outcome.trial.golden_difference <= 1e-4
+            assert outcome.trial.golden.difference <= 1e-4
     record = json.loads((result.run / "ladder.json").read_text())
     assert [row["rung"] for row in record["rungs"]] == list(reasons)
     assert (result.run / "ladder.png").read_bytes().startswith(b"\x89PNG")
