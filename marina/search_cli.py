@@ -66,6 +66,7 @@ def _show(screen: Screen, found: Found) -> None:
             one["state"] != "complete",
             one["value"] is None,
             (one["value"] or 0.0) * (1 if found.monitor == "loss" else -1),
+            one["validation_loss"] or 0.0,
         ),
     )
     rows = [

@@ -22,6 +22,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the recipe; repeatable.")
 ]
+_SHOWN = 10
+"""Samples without an answer that are named on the screen."""
 
 
 def register(app: typer.Typer) -> None:
@@ -150,10 +152,12 @@ def _evaluate_here(screen: Screen, target: Path, root: str | None, data: Path | 
         asked = pipeline.questions(target, report=report, root=root, folder=data)
         found = pipeline.evaluate_on(target, asked, report=report)
     if report_file is not None:
-        _write_report(report_file, pipeline.subject(target, asked), found, asked)
-    screen.result(_figures(found) | _reported(report_file))
+        _write_report(report_file, pipeline.subject(target, asked, found.left_out), found, asked)
+    left_out = [dataclasses.asdict(one) for one in found.left_out]
+    screen.result(_figures(found) | {"left_out": left_out} | _reported(report_file))
     _show_metrics(screen, found.metrics, asked.what)
     _show_classes(screen, found)
+    _show_left_out(screen, found)
     if report_file is not None:
         screen.say(f"report    {shown(report_file)}")
 
@@ -217,6 +221,15 @@ def _show_classes(screen: Screen, found: Evaluation) -> None:
     table = [dataclasses.asdict(row) for row in found.rows]
     rows = [["–" if value is None else value for value in row.values()] for row in table]
     screen.table(list(table[0]), rows)
+
+
+def _show_left_out(screen: Screen, found: Evaluation) -> None:
+    if found.left_out:
+        screen.say(f"{len(found.left_out)} left out:")
+    for one in found.left_out[:_SHOWN]:
+        screen.say(f"  {one.name}: {one.reason}")
+    if len(found.left_out) > _SHOWN:
+        screen.say(f"  and {len(found.left_out) - _SHOWN} more; --json names all")
 
 
 def _show_metrics(screen: Screen, metrics: dict[str, float], title: str) -> None:

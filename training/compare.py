@@ -153,6 +153,13 @@ def read_variants(
             f"the variants learn different tasks, {' and '.join(tasks)}: their losses are not of one kind",
             remedy="compare recipes of one task",
         )
+    if len({variant.recipe.train.loss for variant in found}) > 1 and any(
+        variant.recipe.train.monitor == "loss" for variant in found
+    ):
+        raise RecipeError(
+            "the variants have different train.loss, and an epoch is chosen by it: losses of two kinds cannot be ranked",
+            remedy="--set train.monitor=r2",
+        )
     if len(found) < 2:
         raise RecipeError(
             "there is one variant, and nothing to compare it with",

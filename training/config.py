@@ -6,6 +6,8 @@ A recipe is a TOML file that holds only what differs from the defaults below. `l
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -278,7 +280,7 @@ class Train(_Section):
     decay_epochs: int | None = Field(default=None, ge=1)
     """Epochs between the steps of step (10 when left out), patience of plateau (3)."""
     warmup: float = Field(default=0.0, ge=0)
-    """Epochs over which the rate rises to the schedule's first, in a line."""
+    """Epochs over which the rate rises to the schedule's first, in a line; the schedule begins after them."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
     """Weight of each class in the loss, 1 for those not named. balanced: images / (classes x images of the class). Of a
@@ -324,11 +326,26 @@ class Train(_Section):
             raise ValueError("gradient_descent takes all images for an update: leave accumulate out")
         if self.schedule != "inverse_time" and self.decay is not None and self.decay > 1:
             raise ValueError(f"a decay of {self.decay:g} would raise the rate: {self.schedule} takes a factor up to 1")
-        if self.warmup >= self.epochs:
-            raise ValueError(f"a warm-up of {self.warmup:g} epochs leaves nothing of {self.epochs}: shorten warmup")
+        if self.warmup >= self._warmable:
+            before = " before a stage has a schedule of its own" if self._warmable < self.epochs else ""
+            raise ValueError(
+                f"a warm-up of {self.warmup:g} epochs leaves nothing of {self._warmable}{before}: shorten warmup"
+            )
+        if self.schedule == "plateau" and sum(stage.schedule is None for stage in self.stages) > 1:
+            raise ValueError(
+                "schedule plateau judges the epochs of one stage by each other: give the stages a schedule of their own"
+                ' (schedule = "plateau" begins anew in each), or take another for all'
+            )
         if self.stages and self.stages[-1].image_size is not None:
             raise ValueError("the last stage trains at the network's own size: leave its image_size out")
         return self
+
+    @property
+    def _warmable(self) -> int:
+        """Epochs of the schedule that a warm-up begins."""
+        if not self.stages or self.stages[0].schedule is not None:
+            return self.stages[0].epochs if self.stages else self.epochs
+        return sum(stage.epochs for stage in itertools.takewhile(lambda one: one.schedule is None, self.stages))
 
 
 class Augment(_Section):
@@ -482,8 +499,10 @@ class Recipe(_Section):
             for section, keys in foreign.items():
                 part = getattr(self, section) if section else self
                 for key in sorted(part.model_fields_set & keys):
-                    name = f"{section}.{key}" if section else key
-                    raise ValueError(f"{name} is not for the {of}: leave it out")
+                    usual = type(part).model_fields[key].default
+                    if getattr(part, key) != usual:
+                        name = f"{section}.{key}" if section else key
+                        raise ValueError(f"{name} is not for the {of}: leave it out{_or_usual(name, usual)}")
         self._check_task()
         if self.of_texts:
             self._check_texts()
@@ -581,6 +600,13 @@ class Recipe(_Section):
             "search": True,
         }
         return self.model_dump(mode="json", exclude=aside)
+
+
+def _or_usual(name: str, usual: object) -> str:
+    """How a key of a recipe that is not one's own is taken back."""
+    if usual is None or isinstance(usual, BaseModel):
+        return ""
+    return f", or --set {name}={usual if isinstance(usual, str) else json.dumps(usual)}"
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -28,13 +28,24 @@ class NumericFailure(RecipeError):
     """The loss of one step, or a weight after it, is NaN or infinite."""
 
     def __init__(
-        self, *, what: str, epoch: int, step: int, learning_rate: float, images: Sequence[str], kept: str
+        self,
+        *,
+        what: str,
+        epoch: int,
+        step: int,
+        learning_rate: float,
+        images: Sequence[str],
+        kept: str,
+        recipe_rate: float,
+        clipped: bool,
     ) -> None:
+        """`learning_rate` is that of the step; `recipe_rate` and `clipped` are what the recipe says."""
         more = f" and {len(images) - 3} more" if len(images) > 3 else ""
         super().__init__(
             f"{what} in epoch {epoch}, step {step} (learning rate {learning_rate:g},"
             f" batch {', '.join(images[:3])}{more}); {kept}",
-            remedy=f"train more gently, e.g. --set train.learning_rate={learning_rate / 10:g} or --set train.clip=1",
+            remedy=f"train more gently, e.g. --set train.learning_rate={recipe_rate / 10:g}"
+            + ("" if clipped else " or --set train.clip=1"),
         )
         self.epoch = epoch
         self.step = step

@@ -19,18 +19,22 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 
 from handlerlib import inputs
+from handlerlib.errors import RequestError
 from handlerlib.inputs import Inputs
 from handlerlib.spec import ModelSpec, Task
 from handlerlib.tasks import finish
 from training import multilabel, regression, truth
 from training.calibrate import Bin, at_temperature, expected_error, fit_temperature, reliability
 from training.data import Sample
+from training.errors import DataError
 from training.multilabel import LabelMetrics, areas, mean
 from training.progress import Report, Step
 from training.regression import TargetMetrics
+from training.sources import Skipped
 
 CALIBRATION_SAMPLES = 5000
 """Validation samples that the temperature is fitted on, at most: it is one number."""
+_REMEDY = "mend the sample or take it away; limits of size are the model's own, in [serve] of its recipe"
 _T = TypeVar("_T")
 
 
@@ -73,7 +77,8 @@ class Evaluation:
     metrics: dict[str, float]
     """Flat: test_accuracy, test_loss (nats), test_macro_precision, test_macro_recall, test_macro_f1, test_images,
     test_ece, where there is more than one class test_roc_auc and test_average_precision (means over classes), and with
-    a temperature other than 1 also test_loss_uncalibrated and test_ece_uncalibrated. Those of other tasks are given in
+    a temperature other than 1 also test_loss_uncalibrated and test_ece_uncalibrated. Macro figures are means over classes
+    that occur or are answered. Those of other tasks are given in
     `training.multilabel` and `training.regression`."""
     labels: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
@@ -95,6 +100,8 @@ class Evaluation:
     """Of both: probabilities of all labels, or values, a row per prediction."""
     true_NK: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), compare=False, repr=False)
     """Of both: 1 where a sample has a label, or the true values."""
+    left_out: tuple[Skipped, ...] = ()
+    """Samples that could not be read: no figure counts them."""
 
     @property
     def summary(self) -> str:
@@ -124,12 +131,39 @@ class ConfusedPair:
 
 
 def evaluate(
-    network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
+    network: nn.Module,
+    spec: ModelSpec,
+    samples: Iterable[Sample],
+    *,
+    total: int,
+    threads: int,
+    report: Report,
+    leave_out: bool = False,
 ) -> Evaluation:
-    """Run every sample through the network, on the device where it lies. Raises RequestError for a damaged image."""
+    """Run every sample through the network, on the device where it lies.
+
+    Raises DataError for a sample that cannot be read; with `leave_out`, when none of them can.
+    """
+    left_out: list[Skipped] | None = [] if leave_out else None
+    judged = _judged(network, spec, samples, total=total, threads=threads, report=report, left_out=left_out)
+    return replace(judged, left_out=tuple(left_out or ()))
+
+
+def _judged(
+    network: nn.Module,
+    spec: ModelSpec,
+    samples: Iterable[Sample],
+    *,
+    total: int,
+    threads: int,
+    report: Report,
+    left_out: list[Skipped] | None,
+) -> Evaluation:
+    """As `evaluate`; what cannot be read ends up in `left_out`."""
+    how = {"total": total, "threads": threads}
     if spec.task != "multi-class":
-        return answers(spec, *_answered(network, spec, samples, total=total, threads=threads, report=report))
-    names, true, log_NK = _collect(network, spec, samples, total=total, threads=threads, report=report)
+        return answers(spec, *_answered(network, spec, samples, **how, report=report, left_out=left_out))
+    names, true, log_NK = _collect(network, spec, samples, **how, report=report, left_out=left_out)
     judged = figures(spec.labels, names, true, at_temperature(log_NK, spec.temperature))
     if spec.temperature == 1.0:
         return judged
@@ -175,7 +209,7 @@ def with_thresholds(
     network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
 ) -> ModelSpec:
     """The spec of a multi-label model with the thresholds that fit these samples, which must not be of the test split.
-    Raises RequestError for a damaged image."""
+    Raises DataError for a damaged image."""
     _, true, p_NK = _answered(network, spec, samples, total=total, threads=threads, report=report)
     true_NK = truth.rows(true, spec.labels, spec.task).numpy()
     return replace(spec, thresholds=multilabel.thresholds(true_NK > 0.5, p_NK))
@@ -185,7 +219,7 @@ def calibrated(
     network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
 ) -> ModelSpec:
     """The spec with the temperature that fits these samples, which must not be of the test split; 1 when they are too
-    few (see `fit_temperature`). Raises RequestError for a damaged image."""
+    few (see `fit_temperature`). Raises DataError for a damaged image."""
     some, total = itertools.islice(samples, CALIBRATION_SAMPLES), min(total, CALIBRATION_SAMPLES)
     _, true, log_NK = _collect(network, spec, some, total=total, threads=threads, report=report)
     found = fit_temperature(log_NK, [spec.labels.index(label) for label in true]) if true else None
@@ -193,7 +227,14 @@ def calibrated(
 
 
 def _answered(
-    network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
+    network: nn.Module,
+    spec: ModelSpec,
+    samples: Iterable[Sample],
+    *,
+    total: int,
+    threads: int,
+    report: Report,
+    left_out: list[Skipped] | None = None,
 ) -> tuple[list[str], list[str], NDArray[np.float64]]:
     """Names, true labels or values and what a worker would answer, in the samples' order."""
     last = finish(spec)
@@ -203,19 +244,27 @@ def _answered(
         found: NDArray[np.float32] = last(network(x_BCHW).float()).cpu().numpy()
         return found
 
-    names, true, rows_NK = _run(network, spec, samples, run, total=total, threads=threads, report=report)
+    how = {"total": total, "threads": threads}
+    names, true, rows_NK = _run(network, spec, samples, run, **how, report=report, left_out=left_out)
     return names, true, rows_NK.astype(np.float64).reshape(len(names), len(spec.labels))
 
 
 def _collect(
-    network: nn.Module, spec: ModelSpec, samples: Iterable[Sample], *, total: int, threads: int, report: Report
+    network: nn.Module,
+    spec: ModelSpec,
+    samples: Iterable[Sample],
+    *,
+    total: int,
+    threads: int,
+    report: Report,
+    left_out: list[Skipped] | None = None,
 ) -> tuple[list[str], list[str], NDArray[np.float32]]:
     """Names, true labels and log-probabilities at temperature 1, in the samples' order."""
 
     def run(x_BCHW: Tensor) -> NDArray[np.float32]:
         return _log_probabilities(network, x_BCHW)
 
-    return _run(network, spec, samples, run, total=total, threads=threads, report=report)
+    return _run(network, spec, samples, run, total=total, threads=threads, report=report, left_out=left_out)
 
 
 def _run(
@@ -227,8 +276,12 @@ def _run(
     total: int,
     threads: int,
     report: Report,
+    left_out: list[Skipped] | None,
 ) -> tuple[list[str], list[str], NDArray[np.float32]]:
-    """Names, true labels, and what `run` gives for each batch as the network takes it."""
+    """Names, true labels, and what `run` gives for each batch as the network takes it.
+
+    Samples that cannot be read are added to `left_out`; where that is None, they are a DataError.
+    """
     device = next(network.parameters()).device
     names: list[str] = []
     true: list[str] = []
@@ -236,30 +289,49 @@ def _run(
     network.eval()
     reading = inputs.of(spec)
     with ThreadPoolExecutor(threads) as pool:
-        for block, batch in _decoded(samples, spec, reading, pool):
+        for block, batch in _decoded(samples, spec, reading, pool, left_out):
             rows.append(run(reading.network(batch, device)))
             names += [sample.name for sample in block]
             true += [sample.label for sample in block]
-            report(Step("evaluate", len(names), total, ""))
+            report(Step("evaluate", len(names) + len(left_out or ()), total, ""))
+    if left_out and not names:
+        raise DataError(
+            f"none of {len(left_out)} samples can be read; {left_out[0].name}: {left_out[0].reason}", remedy=_REMEDY
+        )
     return names, true, np.concatenate(rows) if rows else _no_answers()
 
 
 def _decoded(
-    samples: Iterable[Sample], spec: ModelSpec, reading: Inputs, pool: ThreadPoolExecutor
+    samples: Iterable[Sample],
+    spec: ModelSpec,
+    reading: Inputs,
+    pool: ThreadPoolExecutor,
+    left_out: list[Skipped] | None,
 ) -> Iterator[tuple[list[Sample], Tensor]]:
     """Blocks of samples and their batches, the next one decoded while the caller works on this one."""
 
-    def load(sample: Sample) -> Tensor:
-        return reading.load(sample.data)
+    def load(sample: Sample) -> Tensor | Skipped:
+        try:
+            return reading.load(sample.data)
+        except RequestError as error:
+            return Skipped(sample.name, str(error))
 
-    ahead: tuple[list[Sample], Iterator[Tensor]] | None = None
-    for block in _blocks(samples, batch_size(spec.architecture.height, spec.architecture.width)):
-        started = block, pool.map(load, block)
-        if ahead is not None:
-            yield ahead[0], reading.stack(list(ahead[1]))
+    ahead: Iterator[tuple[Sample, Tensor | Skipped]] | None = None
+    for block in itertools.chain(_blocks(samples, batch_size(spec.architecture.height, spec.architecture.width)), [[]]):
+        started = zip(block, pool.map(load, block), strict=True)
+        kept: list[Sample] = []
+        items: list[Tensor] = []
+        for sample, loaded in ahead or ():
+            if not isinstance(loaded, Skipped):
+                kept.append(sample)
+                items.append(loaded)
+            elif left_out is None:
+                raise DataError(f"{loaded.name}: {loaded.reason}", remedy=_REMEDY)
+            else:
+                left_out.append(loaded)
+        if kept:
+            yield kept, reading.stack(items)
         ahead = started
-    if ahead is not None:
-        yield ahead[0], reading.stack(list(ahead[1]))
 
 
 def batch_size(height: int, width: int) -> int:
@@ -281,6 +353,7 @@ def figures(
     """All figures of N answers: the samples' names and true labels, and log-probabilities in the order of `labels`."""
     true_N, guessed_N = _numbers(labels, true), log_NK.argmax(axis=1)
     every = list(range(len(labels)))
+    there = np.union1d(true_N, guessed_N)
     precision, recall, f1, images = precision_recall_fscore_support(true_N, guessed_N, labels=every, zero_division=0)
     under = [areas(true_N == k, log_NK[:, k]) for k in every]
     per_class = tuple(
@@ -291,9 +364,9 @@ def figures(
     metrics = {
         "test_accuracy": float(np.mean(true_N == guessed_N)),
         "test_loss": _loss(true_N, log_NK),
-        "test_macro_precision": float(np.mean(precision)),
-        "test_macro_recall": float(np.mean(recall)),
-        "test_macro_f1": float(np.mean(f1)),
+        "test_macro_precision": float(np.mean(precision[there])),
+        "test_macro_recall": float(np.mean(recall[there])),
+        "test_macro_f1": float(np.mean(f1[there])),
         "test_images": float(len(true_N)),
         "test_ece": expected_error(bins),
         **mean("test_roc_auc", [row.roc_auc for row in per_class]),

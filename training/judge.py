@@ -55,7 +55,7 @@ class Judge:
     def reference(self, artifact: Path, asked: Questions, names: Collection[str]) -> Evaluation:
         """The artifact's own answers to the samples of these names."""
         wanted = frozenset(names)
-        again = dataclasses.replace(asked, total=len(wanted), read=lambda: _only(asked.read(), wanted))
+        again = dataclasses.replace(asked, total=len(wanted), read=lambda: _only(asked.read(), wanted), leave_out=False)
         return pipeline.evaluate_on(artifact, again, report=self.report)
 
     def compare(self, reference: Evaluation, served: Evaluation, artifact: Path, *, complete: bool) -> Comparison:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from handlerlib.spec import ModelSpec, Task
 from training import scoring, sources, truth
 from training.config import TABLES, TEXT_SOURCES, Data
-from training.data import Sample
 from training.errors import DataError
 from training.export import PROVENANCE_FILE
 from training.scoring import Questions
@@ -77,11 +75,7 @@ def _questions(path: Path, entries: tuple[Entry, ...], task: Task = "multi-class
     if task != "multi-class":
         labels = set() if task == "regression" else {label for text in labels for label in truth.parts(text)}
 
-    def read() -> Iterator[Sample]:
-        for entry in entries:
-            yield Sample(entry.name, entry.label, entry.read())
-
-    return Questions(str(path), len(entries), read, tuple(sorted(labels)))
+    return scoring.of_entries(str(path), entries, labels)
 
 
 def _recorded(artifact: Path) -> tuple[dict[str, Any], Task]:

@@ -3,7 +3,7 @@
 With TP, FP and FN the samples that have a label and are given it, are given it wrongly, and lack it wrongly:
 
 precision = TP / (TP + FP)   recall = TP / (TP + FN)   F1 = 2 TP / (2 TP + FP + FN), the harmonic mean of the two
-macro: the mean of the labels' figures             micro: the figure of all labels' TP, FP and FN added up
+macro: the mean over labels that occur or are given   micro: the figure of all labels' TP, FP and FN added up
 exact match: the share of samples all of whose labels are right
 average precision = sum over cuts n of (R_n - R_n-1) P_n, which asks for no threshold
 
@@ -103,13 +103,14 @@ def measure(
         )
         for k, label in enumerate(labels)
     )  # fmt: skip
+    there = [row for k, row in enumerate(rows) if given_NK[:, k].any() or true_NK[:, k].any()]
     precision, recall, f1 = _scores(int(hits_K.sum()), int(given_NK.sum()), int(true_NK.sum()))
     metrics = {
         "test_exact_match": float((given_NK == true_NK).all(axis=1).mean()),
         "test_loss": _loss(true_NK, p_NK),
-        "test_macro_precision": float(np.mean([row.precision for row in rows])),
-        "test_macro_recall": float(np.mean([row.recall for row in rows])),
-        "test_macro_f1": float(np.mean([row.f1 for row in rows])),
+        "test_macro_precision": float(np.mean([row.precision for row in there] or [0.0])),
+        "test_macro_recall": float(np.mean([row.recall for row in there] or [0.0])),
+        "test_macro_f1": float(np.mean([row.f1 for row in there] or [0.0])),
         "test_micro_precision": precision,
         "test_micro_recall": recall,
         "test_micro_f1": f1,

@@ -20,7 +20,7 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from training.evaluate import evaluate as judge
 from training.export import METRICS_FILE, PROVENANCE_FILE
 from training.progress import Report, Step, silent
 from training.scoring import Questions
+from training.sources import Skipped
 from training.train import (
     CHECKPOINT,
     HISTORY,
@@ -132,21 +133,22 @@ def questions(
 
 
 def evaluate_on(target: Path, asked: Questions, *, report: Report = silent) -> Evaluation:
-    """Judge a finished run or an artifact on any samples of its classes. Raises TargetError, and RequestError for a
-    damaged sample."""
+    """Judge a finished run or an artifact on any samples of its classes. Raises TargetError, and DataError for a
+    sample that cannot be read where they are not such as may be left out."""
     spec = load_spec(target)
     train = _recorded_train(target)
     threads = choose_threads(train)
     try:
         with reproducible(threads):
             network = exporting.load_network(target, spec).to(choose_device(train))
-            return judge(network, spec, asked.read(), total=asked.total, threads=threads, report=report)
+            how = {"total": asked.total, "threads": threads}
+            return judge(network, spec, asked.read(), **how, report=report, leave_out=asked.leave_out)
     except KeyboardInterrupt:
         raise Interrupted("evaluation stopped") from None
 
 
-def subject(target: Path, asked: Questions) -> html_report.Subject:
-    """What a report about a run or an artifact says beside its figures."""
+def subject(target: Path, asked: Questions, left_out: Sequence[Skipped] = ()) -> html_report.Subject:
+    """What a report about a run or an artifact says beside its figures; `left_out` are samples without an answer."""
     train = _recorded_train(target)
     history = target / HISTORY
     lines = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
@@ -158,7 +160,10 @@ def subject(target: Path, asked: Questions) -> html_report.Subject:
         threads=choose_threads(train),
         device=choose_device(train).type,
         training=training,
-        notes=[f"judged on {asked.total} samples: {asked.what}"],
+        notes=[
+            f"judged on {asked.total - len(left_out)} samples: {asked.what}",
+            *(f"left out: {one.name}: {one.reason}" for one in left_out),
+        ],
     )
 
 

@@ -13,7 +13,8 @@ and resuming gives the same rates. With rate r, position p in updates of n, and 
                                                                         Smith & Topin, 2018; fast.ai's form
     plateau       r * decay^k, k the number of times that `monitor` did not improve for more than decay_epochs epochs
 
-A warm-up of w updates comes first: r(0) * (p + 1) / (w + 1), Goyal et al., 2017; the schedule then has the rest.
+A warm-up of w updates comes first: r(0) * (p + 1) / (w + 1), Goyal et al., 2017; the schedule then has the rest, p, n, e
+and the epochs of `plateau` counted from the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -47,15 +48,20 @@ class Position:
 
 
 def learning_rate(train: Train, position: Position, *, warmup: int = 0, schedule: Schedule | None = None) -> float:
-    """The rate of one update. `warmup` is in updates; `schedule` takes the place of the recipe's.
-
-    The epochs of a warm-up are not taken from `position.epochs`: the schedules that go by epochs run on beneath it.
-    """
+    """The rate of one update. `warmup` are the updates of `train.warmup`, 0 where the schedule has none; `schedule` takes
+    the place of the recipe's."""
     name = schedule or train.schedule
     if position.update < warmup:
         start = Position(0, max(1, position.total - warmup), 0.0)
         return _RATES[name](train, start) * (position.update + 1) / (warmup + 1)
-    rest = Position(position.update - warmup, max(1, position.total - warmup), position.epochs, position.judged)
+    if not warmup:
+        return _RATES[name](train, position)
+    rest = Position(
+        position.update - warmup,
+        max(1, position.total - warmup),
+        max(0.0, position.epochs - train.warmup),
+        position.judged[math.floor(train.warmup) :],
+    )
     return _RATES[name](train, rest)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from training.config import Data
 from training.data import Sample
 from training.errors import DataError
 from training.evaluate import Evaluation
-from training.sources import listing
+from training.sources import Entry, listing
 
 _LEAST = 5e-9
 """Answers hold eight decimals: a probability that they show as 0 counts as half of the last one."""
@@ -35,6 +35,8 @@ class Questions:
     """All of them, in the same order each time."""
     labels: tuple[str, ...]
     """Those that occur."""
+    leave_out: bool = False
+    """Whether samples that cannot be read are passed over by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +86,23 @@ def labelled_folder(folder: Path) -> Questions:
             f"{folder} holds no labelled files", remedy="put the files of each class into a folder of its name"
         )
 
+    return of_entries(str(folder), entries, {entry.label for entry in entries})
+
+
+def of_entries(what: str, entries: Sequence[Entry], labels: Iterable[str]) -> Questions:
+    """Files or rows that a person put together: one that is no sample of the model's kind is left out."""
+
     def read() -> Iterator[Sample]:
         for entry in entries:
-            yield Sample(entry.name, entry.label, entry.read())
+            try:
+                data = entry.read()
+            except OSError as error:
+                raise DataError(
+                    f"{entry.name} cannot be read: {error.strerror or error}", remedy="check the file"
+                ) from error
+            yield Sample(entry.name, entry.label, data)
 
-    return Questions(str(folder), len(entries), read, tuple(sorted({entry.label for entry in entries})))
+    return Questions(what, len(entries), read, tuple(sorted(labels)), leave_out=True)
 
 
 def check_labels(questions: Questions, labels: Sequence[str], model: str) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -66,6 +67,8 @@ _INSTEAD = "instead_of"
 _TRIES = "tries"
 _ERROR = "error"
 _EPOCH = "best_epoch"
+_LOSS = "validation_loss"
+"""Of the best epoch."""
 _MOST_TRIES = 4
 """A trial that lost its process as often is not tried again: it may be what kills them."""
 _MOST_DEATHS = 12
@@ -139,6 +142,11 @@ def search(recipe: Recipe, *, trials: int, runs: Path, report: Report, jobs: int
         raise RecipeError(f"{trials} trials in {jobs} processes", remedy="give at least one of each")
     if not recipe.search:
         raise RecipeError(f"recipe {recipe.name} has nothing to search", remedy=_EXAMPLE)
+    if "train.loss" in recipe.search and recipe.train.monitor == "loss":
+        raise RecipeError(
+            "train.loss is searched and train.monitor is loss: losses of two kinds cannot be ranked",
+            remedy="--set train.monitor=r2",
+        )
     try:
         folder = runs / f"{recipe.name}-search-{_identity(recipe, prune, report)}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +164,7 @@ def conclude(folder: Path, recipe: Recipe) -> Found:
     with _study(folder, recipe, prune=True) as study:
         every = study.get_trials(deepcopy=False)
         complete = [one for one in every if one.state.name == "COMPLETE"]
-        best = study.best_trial if complete else None
+        best = min(complete, key=lambda one: _rank(one, recipe), default=None)
     path = None
     if best is not None:
         path = folder / BEST_FILE
@@ -194,7 +202,7 @@ def work(folder: Path, recipe: Recipe, trials: int, prune: bool, report: Report)
                     return
                 place = folder / str(trial.user_attrs[_FOLDER])
                 try:
-                    value, epoch = _run(trial, recipe, place, material, report)
+                    value, epoch, loss = _run(trial, recipe, place, material, report)
                 except optuna.TrialPruned:
                     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 except NumericFailure as error:
@@ -208,6 +216,7 @@ def work(folder: Path, recipe: Recipe, trials: int, prune: bool, report: Report)
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 else:
                     trial.set_user_attr(_EPOCH, epoch)
+                    trial.set_user_attr(_LOSS, loss)
                     study.tell(trial, value)
                 shutil.rmtree(place, ignore_errors=True)
             report(Step("search", 0, 0, _sentence(study, trial.number, recipe)))
@@ -257,8 +266,8 @@ def _revive(study: Study, folder: Path) -> None:
         study.tell(one.number, state=optuna.trial.TrialState.FAIL)
 
 
-def _run(trial: Trial, recipe: Recipe, place: Path, material: Material, report: Report) -> tuple[float, int]:
-    """Train with the trial's values, from its checkpoint when there is one; the best epoch's value and its number."""
+def _run(trial: Trial, recipe: Recipe, place: Path, material: Material, report: Report) -> tuple[float, int, float]:
+    """Train with the trial's values, from its checkpoint when there is one; the best epoch's value, number and loss."""
     optuna = _optuna()
     chosen = changed(recipe, trial.params, where=f"trial {trial.number}")
     key = f"validation_{recipe.train.monitor}"
@@ -281,7 +290,8 @@ def _run(trial: Trial, recipe: Recipe, place: Path, material: Material, report: 
         surveyed, dataset = material.of(chosen, threads, tell)
         teacher = pipeline.load_teacher(chosen, surveyed)
         fitted = pipeline.learn(dataset, chosen, place, tell, teacher, judged=judged)
-    return fitted.history[fitted.best_epoch - 1][key], fitted.best_epoch
+    best = fitted.history[fitted.best_epoch - 1]
+    return best[key], fitted.best_epoch, best["validation_loss"]
 
 
 # --------------------------------------------------------------------------------------------------- several processes
@@ -480,6 +490,12 @@ def _importance(every: Sequence[FrozenTrial], recipe: Recipe) -> dict[str, float
     return {key: float(value) for key, value in found.items()}
 
 
+def _rank(one: FrozenTrial, recipe: Recipe) -> tuple[float, float, int]:
+    """Of complete trials the lowest is the best: by value, then by loss, then the earlier."""
+    value = one.value if one.value is not None else math.inf
+    return value if recipe.train.monitor == "loss" else -value, one.user_attrs.get(_LOSS, math.inf), one.number
+
+
 def _value(one: FrozenTrial, recipe: Recipe) -> float | None:
     """A trial's value, or the best that it came to."""
     if one.value is not None:
@@ -498,6 +514,7 @@ def _fields(one: FrozenTrial, recipe: Recipe) -> dict[str, Any]:
         "state": {"fail": "failed"}.get(state, state),
         "value": _value(one, recipe),
         "best_epoch": one.user_attrs.get(_EPOCH),
+        "validation_loss": one.user_attrs.get(_LOSS),
         "epochs": len(one.intermediate_values),
         "seconds": round(one.duration.total_seconds(), 3) if one.duration else None,
         "values": dict(one.params),

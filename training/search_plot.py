@@ -72,7 +72,7 @@ def _slice(axes: Axes, key: str, found: Mapping[str, Any], *, log: bool) -> None
         axes.set_xscale("log")
     for place, one in zip(places, chosen, strict=True):
         whole = one["state"] == "complete"
-        best = whole and one["value"] == found["value"]
+        best = whole and (one["value"], one["values"]) == (found["value"], found["values"])
         colour = _ORANGE if best else _BLUE if whole else _GREY
         axes.plot([place], [one["value"]], "o" if whole else "x", color=colour, markersize=9 if best else 6, alpha=0.8)
     axes.set_xlabel(key, parse_math=False)

@@ -68,6 +68,16 @@ def plan(train: Train, images: int, size: tuple[int, int]) -> tuple[Phase, ...]:
     return tuple(phases)
 
 
+def updates_of(phases: tuple[Phase, ...], epochs: float) -> int:
+    """Updates of the first so many epochs, which may end within one."""
+    updates = 0.0
+    for phase in phases:
+        here = min(epochs, phase.stage.epochs)
+        updates += here * phase.updates_per_epoch
+        epochs -= here
+    return round(updates)
+
+
 def check(network: nn.Module, phases: tuple[Phase, ...], channels: int) -> None:
     """Raises RecipeError when the network does not take a stage's images or has no module that a stage freezes.
 

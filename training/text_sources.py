@@ -6,7 +6,6 @@ error with its name and line: a text that is left out silently would be missing 
 
 from __future__ import annotations
 
-import codecs
 import csv
 import functools
 import io
@@ -33,9 +32,12 @@ _Row = tuple[int, list[str]]
 def listing(data: Data, task: Task = "multi-class") -> Listing:
     """All texts of the recipe's source, or the images of its table. Raises DataError when there is nothing usable."""
     try:
-        codecs.lookup(data.encoding)
-    except LookupError:
-        raise DataError(f"data.encoding '{data.encoding}' is not known", remedy="e.g. utf-8, cp1252, gb18030") from None
+        # Not codecs.lookup(), which also knows codecs that are none of text, such as hex.
+        "text".encode(data.encoding)
+    except (LookupError, ValueError):
+        raise DataError(
+            f"data.encoding '{data.encoding}' is not known as an encoding of text", remedy="e.g. utf-8, cp1252, gb18030"
+        ) from None
     if data.root is None:
         raise DataError(
             f"the source '{data.source}' needs to know where the {_thing(data)}s lie",

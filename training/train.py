@@ -149,7 +149,7 @@ def _train_step(
     value, correct = _over_all(pupil, dataset, rows, float(loss.detach()), correct, group)
     rate = _rate(recipe.train, pupil.phases, now)
     if not math.isfinite(value):
-        raise _failure(f"the loss became {value}", dataset, rows, now, now.step + 1, rate)
+        raise _failure(f"the loss became {value}", dataset, rows, recipe.train, now, now.step + 1, rate)
     first = now.step - now.step % phase.accumulate
     bundle = batches[first : first + phase.accumulate]
     # A part counts by its images (or their classes' weights), so that a bundle's gradient is that of one large batch.
@@ -179,13 +179,14 @@ def _rate(train: Train, phases: tuple[Phase, ...], now: State) -> float:
     phase = phases[now.stage]
     update = now.epoch_in_stage * phase.updates_per_epoch + now.step // phase.accumulate
     part = (now.step // phase.accumulate) / phase.updates_per_epoch
-    warmup = round(train.warmup * phases[0].updates_per_epoch)
+    # It belongs to the schedule that the first stage follows.
+    warmed = now.stage == 0 or (phase.stage.schedule is None and phases[0].stage.schedule is None)
+    warmup = stages.updates_of(phases, train.warmup) if warmed else 0
     judged = [_worth(train, line) for line in now.history[len(now.history) - now.epoch_in_stage :]]
     if phase.stage.schedule is None:
         total = sum(one.updates for one in phases)
         position = Position(phase.first_update + update, total, now.epoch + part, judged)
     else:
-        warmup = warmup if now.stage == 0 else 0
         position = Position(update, phase.updates, now.epoch_in_stage + part, judged)
     rate = schedules.learning_rate(train, position, warmup=warmup, schedule=phase.stage.schedule)
     return phase.stage.learning_rate * rate
@@ -207,7 +208,7 @@ def _end_epoch(
     rank = (_worth(recipe.train, record), -record["validation_loss"])
     if not all(map(math.isfinite, rank)):
         what = f"the validation loss became {record['validation_loss']}"
-        raise _failure(what, dataset, rows, now, now.step, now.rate)
+        raise _failure(what, dataset, rows, recipe.train, now, now.step, now.rate)
     now.close_epoch(record, rank, pupil.judged.state_dict())
     if group.leads:
         files.write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in now.history))
@@ -236,12 +237,14 @@ def _validate(
 def _save(pupil: Learner, dataset: Dataset, rows: Tensor, now: State, folder: Path, group: Group) -> None:
     """Write a checkpoint. Raises NumericFailure instead when the weights are spoilt: the one before stays."""
     if not pupil.finite():
-        raise _failure("a weight became infinite or NaN", dataset, rows, now, now.step, now.rate)
+        raise _failure("a weight became infinite or NaN", dataset, rows, pupil.train, now, now.step, now.rate)
     if group.leads:
         state.save(now, pupil, folder)
 
 
-def _failure(what: str, dataset: Dataset, rows: Tensor, now: State, step: int, rate: float) -> NumericFailure:
+def _failure(
+    what: str, dataset: Dataset, rows: Tensor, train: Train, now: State, step: int, rate: float
+) -> NumericFailure:
     return NumericFailure(
         what=what,
         epoch=now.epoch + 1,
@@ -249,6 +252,8 @@ def _failure(what: str, dataset: Dataset, rows: Tensor, now: State, step: int, r
         learning_rate=rate,
         images=[dataset.images[row].entry.name for row in rows.tolist()],
         kept=now.what_is_kept(),
+        recipe_rate=train.learning_rate,
+        clipped=train.clip > 0,
     )
 
 

@@ -68,8 +68,8 @@ class _Classes:
 
 
 class _Labels:
-    """Binary cross entropy, the share of exact matches, and macro F1 = mean over labels of 2 TP / (2 TP + FP + FN), 0
-    for a label that is neither there nor guessed; labels at a threshold of one half."""
+    """Binary cross entropy, the share of exact matches, and macro F1 = mean of 2 TP / (2 TP + FP + FN) over labels
+    that are there or guessed; labels at a threshold of one half."""
 
     def __init__(self, outputs: int) -> None:
         self._loss = self._exact = self._rows = 0.0
@@ -90,7 +90,7 @@ class _Labels:
         return {
             "validation_loss": loss / rows,
             "validation_accuracy": exact / rows,
-            "validation_macro_f1": float((2 * hits / total.clamp(min=1)).mean()),
+            "validation_macro_f1": float((2 * hits / total.clamp(min=1)).sum() / (total > 0).sum().clamp(min=1)),
         }
 
 

@@ -141,6 +141,14 @@ def test_what_cannot_be_compared_is_refused_before_any_training(vary: list[str],
         read_variants(["digits"], vary=vary, sets=sets)
 
 
+def test_losses_of_two_kinds_are_compared_by_another_figure_only() -> None:
+    vary = ["train.loss=mean_squared_error,mean_absolute_error"]
+    with pytest.raises(RecipeError, match="losses of two kinds cannot be ranked") as caught:
+        read_variants(["digit_sums"], vary=vary)
+    assert caught.value.remedy == "--set train.monitor=r2"
+    assert len(read_variants(["digit_sums"], vary=vary, overrides=["train.monitor=r2"])) == 2
+
+
 def test_a_comma_within_brackets_divides_nothing() -> None:
     assert compare.split("[1,2],{a='x,y'},\"a,b\", c") == ["[1,2]", "{a='x,y'}", '"a,b"', "c"]
 

@@ -131,11 +131,17 @@ def test_a_loss_that_is_no_number_stops_with_place_and_rate_and_keeps_the_best(
 ) -> None:
     with pytest.raises(NumericFailure, match=r"epoch 1, step 2 \(learning rate 1e\+20, batch") as caught:
         fit_digits("train.optimizer=sgd", "train.learning_rate=1e20", "train.schedule=constant")
-    assert "--set train.learning_rate=1e+19" in caught.value.remedy
+    assert "--set train.learning_rate=1e+19 or --set train.clip=1" in caught.value.remedy
     assert len(caught.value.images) == 32
     assert caught.value.images[0] in str(caught.value)
     assert caught.value.exit_code == 3
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_the_remedy_of_a_numeric_failure_starts_from_what_the_recipe_says(fit_digits: FitDigits) -> None:
+    with pytest.raises(NumericFailure, match=r"\(learning rate \d\.?\d*e\+18, batch") as caught:
+        fit_digits("train.optimizer=sgd", "train.learning_rate=1e20", "train.schedule=one_cycle", "train.clip=1e30")
+    assert caught.value.remedy.endswith("--set train.learning_rate=1e+19")
 
 
 def test_best_weights_and_last_checkpoint_survive_a_numeric_failure(fit_digits: FitDigits, tmp_path: Path) -> None:

@@ -16,7 +16,13 @@ PER_EPOCH = 10
 
 def rates(schedule: str, *overrides: str, warmup: int = 0) -> list[float]:
     """The rate of each of 100 updates in 10 epochs, with 0.1 as the recipe's."""
-    settings = [f"train.schedule={schedule}", "train.learning_rate=0.1", "train.epochs=10", *overrides]
+    own = (
+        f"train.schedule={schedule}",
+        "train.learning_rate=0.1",
+        "train.epochs=10",
+        f"train.warmup={warmup / PER_EPOCH}",
+    )
+    settings = [*own, *overrides]
     train = load_recipe("digits", settings).train
     positions = [Position(update, UPDATES, update / PER_EPOCH) for update in range(UPDATES)]
     return [learning_rate(train, position, warmup=warmup) for position in positions]
@@ -80,8 +86,21 @@ def test_a_warm_up_rises_in_a_line_to_the_first_rate_of_any_schedule(schedule: s
     warm = rates(schedule, warmup=20)
     first = rates(schedule)[0]
     assert warm[:20] == pytest.approx([first * (update + 1) / 21 for update in range(20)])
-    assert warm[20] == pytest.approx(first, rel=1e-6) or schedule in ("inverse_time", "exponential")
+    assert warm[20] == pytest.approx(first, rel=1e-6)
     assert all(rate <= 0.1 for rate in warm)
+
+
+@pytest.mark.parametrize("schedule", ["step", "inverse_time", "exponential"])
+def test_after_a_warm_up_a_schedule_by_epochs_begins_with_its_first(schedule: str) -> None:
+    settings = ("train.decay=0.5", "train.decay_epochs=3")
+    assert rates(schedule, *settings, warmup=25)[25:] == pytest.approx(rates(schedule, *settings)[:75])
+
+
+def test_epochs_of_a_warm_up_do_not_count_for_a_plateau() -> None:
+    train = load_recipe("digits", ["train.schedule=plateau", "train.decay_epochs=1", "train.warmup=2"]).train
+    judged = [0.9, 0.8, 0.5, 0.4]
+    assert learning_rate(train, Position(40, 100, 4.0, judged), warmup=20) == train.learning_rate
+    assert learning_rate(train, Position(50, 100, 5.0, [*judged, 0.3]), warmup=20) < train.learning_rate
 
 
 def test_a_factor_that_would_raise_the_rate_is_refused() -> None:

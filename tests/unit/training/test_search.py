@@ -206,6 +206,35 @@ def test_a_space_that_is_none_is_refused(space: list[str], message: str) -> None
         search.search(recipe, trials=1, runs=Path("unused"), report=silent)
 
 
+def test_losses_of_two_kinds_are_not_ranked() -> None:
+    both = ["train.loss=mean_squared_error,mean_absolute_error"]
+    with pytest.raises(RecipeError, match="losses of two kinds cannot be ranked") as caught:
+        search.search(read_space(load_recipe("digit_sums"), both), trials=1, runs=Path("unused"), report=silent)
+    assert caught.value.remedy == "--set train.monitor=r2"
+
+
+def test_of_equal_values_the_lower_loss_is_the_best(tmp_path: Path) -> None:
+    import optuna
+
+    recipe = read_space(load_recipe("digits", [*SMALL, "train.monitor=accuracy"]), ["train.optimizer=sgd,adamw,adam"])
+    study = optuna.create_study(
+        study_name=tmp_path.name, storage=f"sqlite:///{tmp_path / search.STUDY_FILE}", direction="maximize"
+    )
+    kind = optuna.distributions.CategoricalDistribution(("sgd", "adamw", "adam"))
+    for name, value, loss in (("sgd", 0.9, 0.5), ("adamw", 0.9, 0.3), ("adam", 0.8, 0.1)):
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={"train.optimizer": name},
+                distributions={"train.optimizer": kind},
+                value=value,
+                user_attrs={"validation_loss": loss, "best_epoch": 1},
+            )
+        )
+    ended = search.conclude(tmp_path, recipe)
+    assert ended.values == {"train.optimizer": "adamw"}
+    assert [one["validation_loss"] for one in ended.trials] == [0.5, 0.3, 0.1]
+
+
 def test_the_space_of_a_recipe_file(tmp_path: Path) -> None:
     text = 'name = "x"\n[data]\nsource = "digits"\n[model]\narchitecture = "mlp"\n[search]\n'
     good = tmp_path / "good.toml"

@@ -195,11 +195,31 @@ def test_stages_that_do_not_fit_the_network(
         ("train.stages=[{part=0}]", r"train.stages.0.part: .* greater than 0 \(got 0\)"),
         ("train.stages=[{epochs='2'}]", "train.stages.0.epochs: .* valid integer"),
         ("train.stages.5.epochs=2", "there is no train.stages.5"),
+        ("train.warmup=3", "a warm-up of 3 epochs leaves nothing of 3 before a stage has a schedule of its own"),
+        ("train.schedule=plateau", "plateau judges the epochs of one stage by each other: give the stages a schedule"),
     ],
 )
 def test_stages_that_contradict_themselves(setting: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe_of(setting)
+
+
+def test_a_warm_up_cannot_outlast_a_first_stage_with_a_schedule_of_its_own() -> None:
+    staged = ("{epochs=2, schedule='cosine'}", "{epochs=4}")
+    with pytest.raises(RecipeError, match="a warm-up of 2 epochs leaves nothing of 2 before"):
+        recipe_of("train.warmup=2", staged=staged)
+    assert recipe_of("train.warmup=1.5", staged=staged).train.warmup == 1.5
+
+
+def test_a_plateau_of_one_stage_is_taken() -> None:
+    staged = ("{epochs=2, schedule='plateau'}", "{epochs=4}")
+    assert recipe_of("train.schedule=plateau", staged=staged).train.schedule == "plateau"
+
+
+def test_a_warm_up_counts_the_epochs_of_each_stage_as_long_as_they_are() -> None:
+    phases = stages.plan(recipe_of().train, 86, (16, 16))
+    assert [phase.updates_per_epoch for phase in phases] == [6, 6, 2]
+    assert [stages.updates_of(phases, epochs) for epochs in (0.5, 1, 2.5, 3.5)] == [3, 6, 15, 19]
 
 
 def test_one_value_of_a_stage_can_be_set() -> None:

@@ -119,7 +119,12 @@ def test_a_label_that_nobody_has_or_gets() -> None:
     true, p = np.array([[True, False], [False, False]]), np.array([[0.9, 0.1], [0.2, 0.3]])
     found, rows = multilabel.measure(LABELS[:2], (0.5, 0.5), true, p)
     assert (rows[1].f1, rows[1].roc_auc, rows[1].average_precision) == (0.0, None, None)
-    assert (found["test_exact_match"], found["test_macro_f1"], found["test_micro_f1"]) == (1.0, 0.5, 1.0)
+    assert (found["test_exact_match"], found["test_macro_f1"], found["test_micro_f1"]) == (1.0, 1.0, 1.0)
+    nobody, _ = multilabel.measure(LABELS[:2], (0.5, 0.5), true[1:], p[1:])
+    assert (nobody["test_macro_precision"], nobody["test_macro_f1"]) == (0.0, 0.0)
+    judged = validation.figures("multi-label", Train(), 2)
+    judged.add(torch.tensor(p - 0.5), torch.tensor(true, dtype=torch.float64))
+    assert judged.record(ALONE)["validation_macro_f1"] == 1.0
 
 
 def test_figures_of_values_are_scikit_learns() -> None:
@@ -333,6 +338,15 @@ def test_a_missing_table(tmp_path: Path) -> None:
 def test_recipes_say_what_a_task_has_not(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("digit_pairs", overrides)
+
+
+@pytest.mark.parametrize(
+    "own", [["task=multi-label", "data.label_columns=['a', 'b']"], ["task=regression", "data.target_columns=['y']"]]
+)
+def test_the_recipe_for_texts_serves_other_tasks_once_naive_bayes_is_off(own: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"leave it out, or --set model\.naive_bayes=0\.0"):
+        load_recipe("texts", own)
+    assert load_recipe("texts", [*own, "model.naive_bayes=0"]).model.naive_bayes == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- a run

@@ -168,7 +168,8 @@ def test_classes_that_are_not_known(tmp_path: Path) -> None:
 def test_no_root_a_missing_one_and_an_unknown_encoding(tmp_path: Path) -> None:
     path = csv(tmp_path, "label,text", *rows(8))
     refuse(texts.recipe(path, f"data.root={tmp_path / 'none'}"), "none is neither a .csv file nor a folder")
-    refuse(texts.recipe(path, "data.encoding=klingon"), "encoding 'klingon' is not known")
+    for encoding in ("klingon", "hex", "base64", "rot13", "zlib"):
+        refuse(texts.recipe(path, f"data.encoding={encoding}"), f"encoding '{encoding}' is not known")
     (tmp_path / "bare.toml").write_text(
         'name="x"\n[data]\nsource="csv"\n[model]\narchitecture="text_cnn"\n', encoding="utf-8"
     )
@@ -202,8 +203,8 @@ def test_what_is_for_images_is_refused_for_texts(override: str, message: str) ->
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("text.html=true", "text is not for the source 'digits'"),
-        ("data.encoding=utf-8", r"data\.encoding is not for the source 'digits'"),
+        ("text.html=false", "text is not for the source 'digits'"),
+        ("data.encoding=cp1252", r"data\.encoding is not for the source 'digits'"),
         ("model.naive_bayes=0.1", r"model\.naive_bayes is not for the source 'digits'"),
         ("model.architecture=embedding_bag", "architecture 'embedding_bag' is not for images"),
     ],
