@@ -262,11 +262,11 @@ def differences(
 
 
 def not_in_file(
-    replica: str, meant: Collection[str], known: Serving | None, seen: Sequence[ModelStatus]
+    replica: str, meant: Collection[str], at_home: Collection[str], seen: Sequence[ModelStatus]
 ) -> list[Difference]:
-    """Models that neither the file names nor a rollout has left there; those of the tuner go by themselves."""
-    rolled_out = known.models if known is not None else {item.name for item in seen}
-    names = {item.name for item in seen if not item.name.endswith(TRIAL_SUFFIX)} - {*meant, *rolled_out}
+    """Models that neither the file names nor `marina serve` would serve by itself: `at_home` are those that rollouts have
+    left and that lie in the store. The tuner's go by themselves."""
+    names = {item.name for item in seen if not item.name.endswith(TRIAL_SUFFIX)} - {*meant, *at_home}
     return [
         Difference(replica=replica, model=name, what="model", wanted="not served", found="served")
         for name in sorted(names)

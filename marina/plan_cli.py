@@ -98,7 +98,7 @@ def apply(
     """Have every host serve exactly what the file says. A second time it changes nothing.
 
     A new default version is tried like `marina deploy` does; what only differs on the servers is brought back at once.
-    A model that is not in the file is retired, unless a rollout of its own (`marina deploy`) has brought it.
+    A model that is not in the file is retired, unless its archive is in the store, from where `marina serve` serves it.
     """
     screen = Screen(as_json)
     if watch:
@@ -148,7 +148,7 @@ class _Planned:
     models: dict[str, bool] = field(default_factory=dict)
     """What is to be changed, and whether with a trial."""
     strangers: list[str] = field(default_factory=list)
-    """Models to be retired: neither the file nor a rollout asks for them."""
+    """Models to be retired: neither the file nor the store has them."""
     left: list[str] = field(default_factory=list)
     """What differs and is left as it is, in words."""
 
@@ -343,17 +343,21 @@ def _planned(name: str, desired: Desired) -> _Planned:
 
 
 def _plan_strangers(planned: _Planned, meant: Collection[str]) -> None:
+    index = model_store.read_index(planned.reached.store)["archives"]
+    at_home = {entry["name"] for entry in index.values()} | set(planned.known.models if planned.known else ())
     rows = [
         row
         for replica, status in zip(planned.reached.replicas, planned.seen, strict=True)
-        for row in plans.not_in_file(replica.name, meant, planned.known, status)
+        for row in plans.not_in_file(replica.name, meant, at_home, status)
     ]
     planned.differences += rows
     planned.strangers = sorted({row.model for row in rows})
     planned.actions += [_words(row) for row in rows]
     served = {item.name for status in planned.seen for item in status if not item.name.endswith(serving.TRIAL_SUFFIX)}
     for name in sorted(served - {*meant, *planned.strangers}):
-        planned.left.append(f"{name} is served and not in the file; it was rolled out by itself, and is left as it is")
+        planned.left.append(
+            f"{name} is served and not in the file; its archive is in the store, and it is left as it is"
+        )
 
 
 def _words(row: Difference) -> str:
