@@ -28,7 +28,7 @@ from training.errors import PeerFailed, RecipeError
 from training.machine import choose_device
 
 _CONNECTING = datetime.timedelta(minutes=3)
-"""Longest wait for the connections to all others. Once in a while two processes miss each other's, and wait in vain."""
+"""Longest wait for the connections to all others."""
 _PATIENCE = datetime.timedelta(hours=2)
 """Longest wait for another process: the others wait while the first one judges the test split."""
 _CPU = torch.device("cpu")

@@ -72,6 +72,8 @@ def _run(folder: Path, processes: int, restarts: int, report: Report) -> list[st
     environment = {
         # Otherwise gloo asks for this machine's name, which not every machine knows.
         "GLOO_SOCKET_IFNAME": "lo",
+        # Otherwise restarted processes meet in the store of those before them, and may read where these were to be found.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from marina.client import NO_RETRIES, InferenceClient, ManagementClient
 from marina.doctor import live, signatures
 from marina.doctor.finding import Finding
-from marina.errors import ClientError
+from marina.errors import ClientError, Refused
 from marina.server import Server
 from support import torchserve
 from support.torchserve import eventually
@@ -37,10 +39,24 @@ def test_from_well_to_gone(tmp_path: Path) -> None:
         assert live.is_running(addresses(server))
         assert examined(server, tmp_path) == {}
 
-        with ThreadPoolExecutor(4) as pool, InferenceClient(server.inference_url, retries=NO_RETRIES) as client:
-            slow = [pool.submit(client.predict, "obliging", b"sleep 2") for _ in range(4)]
-            eventually(lambda: "queue-full" in examined(server, tmp_path), "the queue of three is full")
-            assert [future.result().model for future in slow] == ["obliging"] * 4
+        seen = threading.Event()
+
+        def keep_asking() -> int:
+            """So long that the queue stays full however slowly somebody looks."""
+            answered = 0
+            with InferenceClient(server.inference_url, retries=NO_RETRIES) as client:
+                while not seen.wait(0.02):
+                    with contextlib.suppress(Refused):
+                        answered += client.predict("obliging", b"sleep 0.5").model == "obliging"
+            return answered
+
+        with ThreadPoolExecutor(6) as pool:
+            asking = [pool.submit(keep_asking) for _ in range(6)]
+            try:
+                eventually(lambda: "queue-full" in examined(server, tmp_path), "the queue of three is full")
+            finally:
+                seen.set()
+            assert sum(future.result() for future in asking) > 0
 
         with ManagementClient(server.management_url, retries=NO_RETRIES) as management, pytest.raises(ClientError):
             management.register("missing_import-1.0.mar", workers=1, batch_size=1, max_batch_delay_ms=1)
