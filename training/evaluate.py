@@ -244,8 +244,9 @@ def _answered(
         found: NDArray[np.float32] = last(network(x_BCHW).float()).cpu().numpy()
         return found
 
-    how = {"total": total, "threads": threads}
-    names, true, rows_NK = _run(network, spec, samples, run, **how, report=report, left_out=left_out)
+    names, true, rows_NK = _run(
+        network, spec, samples, run, total=total, threads=threads, report=report, left_out=left_out
+    )
     return names, true, rows_NK.astype(np.float64).reshape(len(names), len(spec.labels))
 
 
