@@ -418,7 +418,7 @@ def in_parallel(gate: Front, number: int, **headers: str) -> list[tuple[Answer, 
 
 def test_a_full_queue_is_429_at_once(tmp_path: Path) -> None:
     with backends("a") as [backend], front(tmp_path, [backend.replica], max_inflight=2, max_queue=2) as gate:
-        answers = in_parallel(gate, 12, x_mode="sleep:0.7")
+        answers = in_parallel(gate, 12, x_mode="sleep:2")
         served = [answer for answer, _ in answers if answer.status == 200]
         refused = [(answer, took) for answer, took in answers if answer.status == 429]
         assert len(served) + len(refused) == 12
@@ -426,7 +426,7 @@ def test_a_full_queue_is_429_at_once(tmp_path: Path) -> None:
         for answer, took in refused:
             assert answer.problem() == "overloaded"
             assert answer.headers["retry-after"] == "1"
-            assert took < 0.6
+            assert took < 1.5
 
 
 def test_waiting_too_long_in_the_queue_is_429(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_waiting_too_long_in_the_queue_is_429(tmp_path: Path) -> None:
         backends("a") as [backend],
         front(tmp_path, [backend.replica], max_inflight=1, queue_timeout_ms=300) as gate,
     ):
-        answers = [answer for answer, _ in in_parallel(gate, 4, x_mode="sleep:1")]
+        answers = [answer for answer, _ in in_parallel(gate, 4, x_mode="sleep:3")]
         assert sorted(answer.status for answer in answers) == [200, 429, 429, 429]
         refused = next(answer for answer in answers if answer.status == 429)
         assert refused.problem() == "overloaded"

@@ -81,8 +81,11 @@ class Prediction(BaseHTTPRequestHandler):
         self.send_header("Server", "netty")
         if self.close_connection:
             self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
+        # In one write, as TorchServe does: a kill between head and body would lose an answer that nobody could ask for
+        # again, and no TorchServe loses it there.
+        head = self._headers_buffer  # type: ignore[attr-defined]
+        self._headers_buffer = []
+        self.wfile.write(b"".join([*head, b"\r\n", body]))
 
     def log_message(self, format: str, *args: object) -> None:
         """Silence."""

@@ -129,7 +129,7 @@ def test_interrupted_it_goes_on_with_the_same_trials(found: Found, recipe: Recip
 def test_processes_share_a_study_and_a_killed_one_is_made_good(recipe: Recipe, tmp_path: Path) -> None:
     home = commands.project(tmp_path / "home")
     words = ["search", "digits", "--trials", "4", "--jobs", "2", "--json"]
-    words += [word for setting in (*SMALL, "train.epochs=30") for word in ("--set", setting)]
+    words += [word for setting in (*SMALL, "train.epochs=80") for word in ("--set", setting)]
     words += [word for one in SPACE for word in ("--space", one)]
     command = [sys.executable, "-m", "marina", *words]
     process = subprocess.Popen(
