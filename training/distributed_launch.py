@@ -7,13 +7,16 @@ what came out in a file. An error of the recipe or the data is an outcome, not a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +82,16 @@ def _run(folder: Path, processes: int, restarts: int, report: Report) -> list[st
         "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     lines: deque[str] = deque(maxlen=_LOG_LINES)
-    with (folder / "errors.log").open("w+", encoding="utf-8", errors="replace") as written:
+    with (folder / "errors.log").open("w+", encoding="utf-8", errors="replace") as written, _lifeline() as line_end:
         # A session of its own: Ctrl-C reaches torchrun once, from here.
         child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=written, text=True, start_new_session=True
+            command,
+            env=environment,
+            stdin=line_end,
+            stdout=subprocess.PIPE,
+            stderr=written,
+            text=True,
+            start_new_session=True,
         )
         try:
             assert child.stdout is not None
@@ -104,6 +113,17 @@ def _run(folder: Path, processes: int, restarts: int, report: Report) -> list[st
         written.seek(0)
         lines += deque((line.rstrip() for line in written), maxlen=_LOG_LINES)
     return list(lines)
+
+
+@contextlib.contextmanager
+def _lifeline() -> Iterator[int]:
+    """The end of a pipe that gives nothing, and ends when this process does, even when it is killed."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def _stop(child: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -144,6 +164,7 @@ def work(folder: Path) -> None:
     """One process: train, and leave the outcome in `folder`."""
     from training import pipeline
 
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     rank = int(os.environ["RANK"])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
@@ -164,9 +185,20 @@ def work(folder: Path) -> None:
     files.write_text(folder / f"outcome-{rank:03}.json", json.dumps(told))
 
 
+def _stop_with_parent() -> None:
+    """Save and stop, as at Ctrl-C, when `marina train` was killed: nobody would stop this process any more."""
+    # Not through sys.stdin, whose lock would be held when this process wants to end.
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def _tell(step: Step) -> None:
-    sys.stdout.write(json.dumps({"step": [step.phase, step.done, step.total, step.note]}) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps({"step": [step.phase, step.done, step.total, step.note]}) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `marina train` was killed: what is saved now counts, not what is told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,12 @@ def marina(home: Path, *arguments: str | Path, timeout: float = 240, **extra: st
         check=False,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Fails after four minutes, or with the words of `process` once it has ended."""
+    deadline = time.monotonic() + 240
+    while not ready():
+        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+            raise AssertionError(process.communicate()[1] if process is not None and process.poll() is not None else "")
+        time.sleep(0.05)

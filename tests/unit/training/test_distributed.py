@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 from handlerlib.errors import MarinaError
 from handlerlib.spec import WEIGHTS_FILE
+from support import commands
 from training import distributed_launch, pipeline
 from training.augment import Draws, augment
 from training.config import Augment, Recipe, load_recipe
@@ -140,6 +143,34 @@ def test_stopped_once_and_with_a_process_killed_later_it_ends_with_the_same_bits
     assert (trained.artifact / WEIGHTS_FILE).read_bytes() == (two.artifact / WEIGHTS_FILE).read_bytes()
     for mine, theirs in zip(history(two), history(trained), strict=True):
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_killed_without_a_word_it_leaves_its_checkpoint_and_no_process(tmp_path: Path) -> None:
+    home = commands.project(tmp_path / "home")
+    words = ["train", "digits", "--processes", "2", "--json"]
+    words += [word for setting in (*SETTINGS, "train.epochs=1000") for word in ("--set", setting)]
+    command = [sys.executable, "-m", "marina", *words]
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    environment = commands.environment(home, TMPDIR=str(temp))
+    process = subprocess.Popen(
+        command, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        commands.wait_for(lambda: bool(list(home.glob("runs/*/checkpoint.pt"))), process)
+        started = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.communicate()
+    assert len(started) >= 3, "torchrun and its two"
+    _, alive = psutil.wait_procs(started, timeout=120)
+    for one in alive:
+        one.kill()
+    assert not alive
+    assert list(home.glob("runs/*/checkpoint.pt"))
+    told = [json.loads(path.read_text()) for path in temp.glob("marina-*/outcome-*.json")]
+    assert told, "they stopped of their own accord, and did not die of a pipe that nobody reads"
+    assert all("stopped" in one["error"] for one in told)
 
 
 def test_processes_that_keep_dying_end_the_training_with_their_last_words(recipe: Recipe, train: Train) -> None:

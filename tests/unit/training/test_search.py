@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -136,13 +135,13 @@ def test_processes_share_a_study_and_a_killed_one_is_made_good(recipe: Recipe, t
         command, cwd=home, env=commands.environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        wait_for(lambda: len(list(home.glob("runs/*/trial-*/checkpoint.pt"))) > 0, process)
+        commands.wait_for(lambda: len(list(home.glob("runs/*/trial-*/checkpoint.pt"))) > 0, process)
     finally:
         # The parent dies without a word; its children notice and leave their trials where they are.
         process.send_signal(signal.SIGKILL)
         process.communicate()
     (folder,) = (home / "runs").iterdir()
-    wait_for(lambda: not children_of(folder))
+    commands.wait_for(lambda: not children_of(folder))
     ended = commands.marina(home, *words, timeout=480)
     assert ended.code == 0, ended.err
     states = [one["state"] for one in ended.json["trials"]]
@@ -163,14 +162,6 @@ def children_of(folder: Path) -> list[int]:
         except psutil.Error:
             continue
     return found
-
-
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 240
-    while not ready():
-        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
-            raise AssertionError(process.communicate()[1] if process is not None and process.poll() is not None else "")
-        time.sleep(0.05)
 
 
 def test_a_trial_that_runs_away_is_told_and_passed_over(tmp_path: Path) -> None:
