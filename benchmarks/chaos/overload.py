@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.chaos.bench import CONNECTIONS, TIMES_QUIET_P99, Bench, Finding, brief, p99_ms, say
 from benchmarks.errors import BenchmarkError
 from marina import loadgen
+from marina.gates import p99 as p99_of
 from marina.loadgen import Closed, Result
 
 TIMES = 3.0
@@ -33,20 +37,31 @@ def three_times(bench: Bench) -> Finding:
     seconds = bench.form.overload
     loop = loadgen.Open(rate=TIMES * bench.capacity, connections=_OVERLOAD_CONNECTIONS)
     headers = bench.stack.headers | {"X-Deadline-Ms": str(DEADLINE_MS)}
+    log = bench.stack.front.open_log()
     with loadgen.start(bench.scenario(loop, headers=headers)) as running:
         running.wait_measuring()
         running.wait_seconds(seconds)
         ended = time.monotonic()
         running.stop(drain=DEADLINE_MS / 1e3 + 1.0)
         flood = running.result()
+    began = time.monotonic()
+    with contextlib.closing(log):
+        inside_ms = _refused_ms(log.lines())
+    ended += time.monotonic() - began  # nothing was asked meanwhile
     with loadgen.start(bench.scenario(bench.open_loop(), warm_up=0.0, duration=_AFTER_SECONDS)) as running:
         gap = time.monotonic() - ended
         running.wait()
         after = running.result()
-    return _judged(bench, flood, after, gap)
+    return _judged(bench, flood, after, gap, inside_ms)
 
 
-def _judged(bench: Bench, flood: Result, after: Result, gap: float) -> Finding:
+def _refused_ms(lines: Iterable[str]) -> list[float]:
+    """How long the gateway took, by its own clock, for each request that it refused."""
+    entries = (json.loads(line) for line in lines if line.startswith("{") and '"status":429' in line)
+    return [float(entry["total_ms"]) for entry in entries if entry["status"] == 429]
+
+
+def _judged(bench: Bench, flood: Result, after: Result, gap: float, inside_ms: Sequence[float]) -> Finding:
     refused = flood.by_outcome.get(REFUSED)
     others = {name: count for name, count in flood.errors.items() if name != REFUSED}
     late = flood.latency.max_ms if flood.latency is not None else float("inf")
@@ -57,8 +72,9 @@ def _judged(bench: Bench, flood: Result, after: Result, gap: float) -> Finding:
     count = refused.count if refused is not None else 0
     measured = (
         f"{flood.good} answered, the last within {late / 1e3:.2f} s of its {DEADLINE_MS / 1e3:g} s; {count} refused with "
-        f"429, p99 {p99:.0f} ms, slowest {slowest:.0f} ms; {sum(others.values())} others; "
-        f"goodput {goodput:.0%} of capacity; recovered after {recovered:.1f} s"
+        f"429, p99 {p99:.0f} ms, slowest {slowest:.0f} ms{_inside(inside_ms)}; {sum(others.values())} others; goodput "
+        f"{goodput:.0%} of capacity beside a client that took {flood.client_cpu_us * flood.offered / 1e6:.1f} cores; "
+        f"recovered after {recovered:.1f} s"
     )
     say(f"    {measured}")
     kept = (
@@ -70,7 +86,14 @@ def _judged(bench: Bench, flood: Result, after: Result, gap: float) -> Finding:
     )
     details: dict[str, Any] = {"flood": brief(flood), "after": brief(after), "goodput": goodput, "recovered": recovered}
     details["refused"] = refused.as_dict() if refused is not None else None
+    details["gateway_refused_ms"] = {"p99": p99_of(inside_ms), "max": max(inside_ms)} if inside_ms else None
+    details["client_cores"] = flood.client_cpu_us * flood.offered / 1e6
     return Finding(measured, kept, details)
+
+
+def _inside(refused_ms: Sequence[float]) -> str:
+    """For people: a client on the same cores is late itself, so its clock tells more than the gateway took."""
+    return f" (by the gateway's clock {p99_of(refused_ms):.0f} and {max(refused_ms):.0f} ms)" if refused_ms else ""
 
 
 def _recovered(after: Result, quiet_p99_ms: float) -> float:
