@@ -7,16 +7,23 @@ Answer    `{"model", "version", "predictions": [[{"label", "index", "probability
 Errors    `application/problem+json` with status 400, 413, 415 or 422, for the one request alone
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from handlerlib import imaging
-from handlerlib.worker import ModelHandler
+from handlerlib import imaging, payload
+from handlerlib.worker import Headers, ModelHandler
 
 
 class ImageClassifier(ModelHandler):
     """TorchServe takes the only class of this module."""
+
+    def parse(self, row: Mapping[str, Any], headers: Headers) -> payload.Request:
+        """As the base class, and no more pixels in one request than are decoded in good time."""
+        request = super().parse(row, headers)
+        imaging.check_together(request.instances, self.model.spec.preprocess, self.model.spec.limits)
+        return request
 
     def decode(self, data: bytes | bytearray) -> Tensor:
         """Encoded image -> uint8 `[C, height, width]`. Raises RequestError."""

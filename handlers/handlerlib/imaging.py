@@ -15,13 +15,15 @@ a quarter of the time; `load` does so wherever it is called, so training, golden
 
 from __future__ import annotations
 
+import functools
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -42,9 +44,26 @@ _SIGNATURES: tuple[tuple[bytes, bytes, str], ...] = (
     (b"II*\x00", b"", "TIFF"),
     (b"MM\x00*", b"", "TIFF"),
 )
+TOGETHER = 4
+"""How many times the pixels of the largest image the images of one request may have between them."""
+MOST_SCANS = 100
+"""Of a JPEG; progressive encoders write about ten. Each is a pass over all pixels, of which a hundred bytes may tell."""
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+"""A scan's header (ITU-T T.81, B.2.3) up to its number of components, which its length must fit."""
+_AMPLE_PIXELS = Limits().max_pixels
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION = 0x0112
 """EXIF's tag."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""As Pillow's `exif_transpose`, which also writes the whole EXIF block again and fails at a tag of an odd type."""
 _SIDEWAYS = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
 _FRAME_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
@@ -69,7 +88,33 @@ def load(data: bytes | bytearray, preprocess: Preprocess, limits: Limits) -> Ten
     Raises PayloadTooLarge, UnsupportedMedia or UnprocessableInput; the message is fit for a client.
     """
     picture = _decode(data, preprocess, limits, reduce=True)
+    tall, wide = _resized(picture.height, picture.width, preprocess)
+    if tall * wide > _most_pixels(limits):
+        raise UnprocessableInput(
+            f"the image of {picture.width}x{picture.height} pixels is too narrow for this model:"
+            f" to cover its input it would become {wide}x{tall}"
+        )
     return _fit(picture.x_CHW, picture.height, picture.width, preprocess)
+
+
+def check_together(encoded: Sequence[bytes | bytearray], preprocess: Preprocess, limits: Limits) -> None:
+    """Raises PayloadTooLarge (413) when the images of one request are too much work together, which its batch would wait
+    for: more than `TOGETHER` times `max_pixels` (or its default where that is more), by their headers or as resized.
+
+    One image is `load`'s own to judge, and so is one whose header cannot be read.
+    """
+    if len(encoded) < 2:
+        return
+    total, most = 0, TOGETHER * _most_pixels(limits)
+    for data in encoded:
+        height, width = _announced_size(data)
+        tall, wide = _resized(height, width, preprocess)
+        total += max(height * width, tall * wide)
+    if total > most:
+        raise PayloadTooLarge(
+            f"the {len(encoded)} images of the request have {total} pixels together, at most {most} are accepted: "
+            "send them in several requests"
+        )
 
 
 def decode(data: bytes | bytearray, preprocess: Preprocess, limits: Limits) -> Tensor:
@@ -93,9 +138,16 @@ def stack(images: Sequence[Tensor]) -> Tensor:
 
 def normalise(x_BCHW: Tensor, preprocess: Preprocess) -> Tensor:
     """uint8 `[B, C, H, W]` -> float32 of the same shape and device: (x / 255 - mean) / std."""
-    mean = torch.tensor(preprocess.mean, device=x_BCHW.device).view(1, -1, 1, 1)
-    std = torch.tensor(preprocess.std, device=x_BCHW.device).view(1, -1, 1, 1)
-    return x_BCHW.to(torch.float32).sub_(mean * 255.0).div_(std * 255.0)
+    mean, std = _of_bytes(preprocess.mean, preprocess.std, x_BCHW.device)
+    return x_BCHW.to(torch.float32).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_bytes(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both for values of 0 to 255, float32 `[1, C, 1, 1]`. Kept: on a GPU each would stop every batch for a copy."""
+    with torch.inference_mode(False):  # for training too, whoever asks first
+        first, second = (torch.tensor(one, device=device).view(1, -1, 1, 1) * 255.0 for one in (mean, std))
+    return first, second
 
 
 def batch(images: Sequence[bytes], preprocess: Preprocess, limits: Limits) -> Tensor:
@@ -135,14 +187,15 @@ def _with_pillow(
     with Image.open(io.BytesIO(data), formats=[announced]) as image:
         width, height = image.size
         _check_pixels(width, height, limits)
-        upright = None
+        upright, orientation = None, _orientation(image) if announced == "JPEG" else None
         if reduce and announced == "JPEG":
-            turned = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+            turned = orientation in _SIDEWAYS
             upright = (width, height) if turned else (height, width)
             wanted = _resized(*upright, preprocess)
             image.draft(None, (2 * wanted[not turned], 2 * wanted[turned]))
         image.load()
-        pixels = np.array(_to_mode(ImageOps.exif_transpose(image), preprocess))
+        turn = _TURNS.get(orientation or _orientation(image))  # elsewhere it may stand behind the pixels
+        pixels = np.array(_to_mode(image if turn is None else image.transpose(turn), preprocess))
     x_HWC = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])
     return _Picture(x_HWC.permute(2, 0, 1), *(upright or x_HWC.shape[:2]))
 
@@ -150,6 +203,8 @@ def _with_pillow(
 def _plain_jpeg(data: bytes | bytearray, preprocess: Preprocess, limits: Limits, *, reduce: bool) -> _Picture | None:
     """By torchvision's operator; None for what is Pillow's: colour to grey, CMYK, turned, very large, or damaged."""
     header = _jpeg_header(data)
+    if header is None or header.scans:
+        _check_scans(data)
     if header is None or _decode_jpeg is None or (header.components, preprocess.channels) not in _SAME_IN_BOTH:
         return None
     height, width = header.height, header.width
@@ -158,8 +213,10 @@ def _plain_jpeg(data: bytes | bytearray, preprocess: Preprocess, limits: Limits,
         wanted = _resized(height, width, preprocess)
         if height >= 4 * wanted[0] and width >= 4 * wanted[1]:
             return None
-    if header.metadata and _orientation(data) != 1:
-        return None
+    if header.metadata:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if _orientation(image) != 1:
+                return None
     try:
         encoded = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
         return _Picture(_decode_jpeg(encoded, preprocess.channels, False), height, width)
@@ -174,6 +231,8 @@ class _JpegHeader:
     components: int
     metadata: bool
     """Whether there is a block of EXIF or XMP data, which may hold an orientation."""
+    scans: bool
+    """Whether its scans may be many for few bytes: it is progressive or arithmetically coded."""
 
 
 def _jpeg_header(data: bytes | bytearray) -> _JpegHeader | None:
@@ -184,7 +243,7 @@ def _jpeg_header(data: bytes | bytearray) -> _JpegHeader | None:
         if marker in _FRAME_MARKERS:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
             plain = data[at + 4] == 8 and height > 0 and width > 0
-            return _JpegHeader(height, width, data[at + 9], metadata) if plain else None
+            return _JpegHeader(height, width, data[at + 9], metadata, marker > 0xC1) if plain else None
         if not (0xE0 <= marker <= 0xEF or marker in _TABLE_MARKERS):
             return None
         metadata = metadata or marker == 0xE1
@@ -192,11 +251,20 @@ def _jpeg_header(data: bytes | bytearray) -> _JpegHeader | None:
     return None
 
 
-def _orientation(data: bytes | bytearray) -> int:
-    """As Pillow finds it, in EXIF or XMP data; 1 is upright."""
-    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+def _orientation(image: Image.Image) -> int:
+    """As Pillow finds it, in EXIF or XMP data; 1 is upright, and what is said where nobody can read it."""
+    try:
         found = image.getexif().get(_ORIENTATION, 1)
-    return found if found in range(2, 9) else 1
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - a camera's slip in what stands beside the pixels
+        return 1
+    return int(found) if found in range(2, 9) else 1
+
+
+def _check_scans(data: bytes | bytearray) -> None:
+    if data.count(b"\xff\xda") > MOST_SCANS and (scans := len(_SCAN.findall(data))) > MOST_SCANS:
+        raise UnprocessableInput(f"the JPEG image has {scans} scans, at most {MOST_SCANS} are accepted")
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
@@ -206,11 +274,33 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
         )
 
 
+def _most_pixels(limits: Limits) -> int:
+    """Of an image while it is resized, whose own size may be limited to less than the network wants."""
+    return max(limits.max_pixels, _AMPLE_PIXELS)
+
+
+def _announced_size(data: bytes | bytearray) -> tuple[int, int]:
+    """Height and width as the header has them; (1, 1) when there is none."""
+    announced = sniff(data)
+    header = _jpeg_header(data) if announced == "JPEG" else None
+    if header is not None or announced is None:
+        return (header.height, header.width) if header else (1, 1)
+    try:
+        with Image.open(io.BytesIO(data), formats=[announced]) as image:
+            return image.height, image.width
+    except Exception:  # noqa: BLE001 - `load` says what is wrong with it
+        return 1, 1
+
+
 def _to_mode(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     mode = "L" if preprocess.channels == 1 else "RGB"
-    if image.mode in _WIDE_GREY or image.mode == "I":
-        # Pillow's own conversion clips at 255; a 16-bit scan would turn white.
+    # Pillow's own conversions clip at 255; a 16-bit scan would turn white.
+    if image.mode in _WIDE_GREY:
+        image = _high_bytes(image)
+    elif image.mode == "I":
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # it knows no way to grey
     elif image.mode == "F":
         raise UnprocessableInput("images of floating-point pixels are not supported")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -218,6 +308,17 @@ def _to_mode(image: Image.Image, preprocess: Preprocess) -> Image.Image:
         ground = Image.new("RGBA", rgba.size, (preprocess.background,) * 3 + (255,))
         image = Image.alpha_composite(ground, rgba).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _high_bytes(image: Image.Image) -> Image.Image:
+    """16-bit grey -> 8 bits, with an alpha channel when one grey level is transparent, which all its bits decide (PNG
+    Specification, 11.3.2.1)."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
 def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:

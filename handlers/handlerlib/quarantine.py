@@ -105,9 +105,13 @@ class Guard:
     def run(
         self, inputs: Sequence[bytes | bytearray], work: Callable[[Sequence[bytes | bytearray]], list[Output]]
     ) -> list[Output | RequestError]:
-        """`work` on the inputs, one output for each, in order: refused ones are left out, suspects go alone."""
+        """`work` on the inputs, one output for each, in order: refused ones are left out, suspects go alone, and no more at
+        once than the record has room for."""
         if not inputs:
             return list(work(inputs))
+        if len(inputs) > MOST_MARKS:
+            parts = [inputs[start : start + MOST_MARKS] for start in range(0, len(inputs), MOST_MARKS)]
+            return [output for part in parts for output in self.run(part, work)]
         self._look()
         marks = [mark_of(data) for data in inputs]
         if self._suspects.isdisjoint(marks):

@@ -11,7 +11,10 @@ Every step takes time in proportion to the text's length. Standard library only,
 from __future__ import annotations
 
 import codecs
+import encodings.aliases
+import functools
 import html
+import pkgutil
 import re
 import unicodedata
 from array import array
@@ -155,7 +158,8 @@ class Reader:
         for _ in range(_MOST_ROUNDS):
             before = text
             if form != "none":
-                text = unicodedata.normalize(form, text)
+                # One character may become eighteen.
+                text = unicodedata.normalize(form, text)[: max(len(text), how.most_characters)]
             if how.case != "keep":
                 text = text.casefold() if how.case == "fold" else text.lower()
             text = " ".join(text.translate(self._characters).split())
@@ -167,9 +171,7 @@ class Reader:
 def decode(data: bytes | bytearray, charset: str = "utf-8") -> str:
     """Raises UnsupportedMedia (415) for bytes that are not of `charset`, or for one that is not known."""
     try:
-        if charset != "utf-8" and codecs.lookup(charset).name.replace("-", "_") in _NO_CHARSETS:
-            raise LookupError(charset)
-        text = data.decode(charset)
+        text = data.decode(charset if charset == "utf-8" else _codec(charset))
     except LookupError:
         raise UnsupportedMedia(f"unknown charset {charset[:40]!r}: send UTF-8") from None
     except (UnicodeError, ValueError):
@@ -177,6 +179,23 @@ def decode(data: bytes | bytearray, charset: str = "utf-8") -> str:
             f"the bytes are no {charset[:40]!r}: send UTF-8, or name the charset in Content-Type"
         ) from None
     return text.removeprefix("\ufeff")
+
+
+def _codec(charset: str) -> str:
+    """Python's name of it. Raises LookupError. Python keeps every name that it is asked for, for ever, in whatever spelling
+    and the unknown ones too, so that it is asked for few."""
+    name = encodings.normalize_encoding(charset).lower()
+    if name not in _known_codecs():
+        name = name.replace(".", "_")
+    if name not in _known_codecs() or codecs.lookup(name).name.replace("-", "_") in _NO_CHARSETS:
+        raise LookupError(charset)
+    return name
+
+
+@functools.cache
+def _known_codecs() -> frozenset[str]:
+    modules = (module.name for module in pkgutil.iter_modules(encodings.__path__))
+    return frozenset([*encodings.aliases.aliases, *modules])
 
 
 def stack(items: Sequence[Tensor]) -> Tensor:

@@ -6,12 +6,13 @@ stands alone. Nothing here raises towards TorchServe, because TorchServe would f
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,8 @@ Output = Ranked | RequestError
 """The most probable labels of one input, or its values; or why it has none."""
 Result = tuple[payload.Request, list[Output]] | RequestError
 """One request with its outputs, or why it could not be read."""
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""How PyTorch's CPU allocator says it, which depends on the platform (c10/core/impl/alloc_cpu.cpp)."""
 _SAFE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -206,20 +209,24 @@ class ModelHandler(ABC):
             for index, data in pending:
                 decoded[index] = self._decode_one(data)
 
-        helping = [self._pool.submit(take) for _ in range(helpers)]
+        helping: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # the system gives no more threads: this one does it all
+            for _ in range(helpers):
+                helping.append(self._pool.submit(take))
         take()
         for helper in helping:
             helper.result()
-        return [item for item in decoded if item is not None]
+        # What was not taken on may still be begun by a thread that has become free; nobody would wait for that one.
+        return [self._decode_one(data) if item is None else item for item, data in zip(decoded, encoded, strict=True)]
 
     def _decode_one(self, data: bytes | bytearray) -> Tensor | RequestError:
         try:
             return self.decode(data)
         except RequestError as error:
             return error
-        except MemoryError:
-            return OutOfMemory("not enough memory to decode this input; try again later")
         except Exception as error:  # noqa: BLE001 - logged with the answer
+            if _is_out_of_memory(error):
+                return OutOfMemory("not enough memory to decode this input; try again later")
             return _caused(InferenceFailed("the input could not be decoded"), error)
 
     def _infer_all(
@@ -332,7 +339,10 @@ def _request_id(index: int, headers: Headers, context: Context) -> str:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """The CPU allocator raises a plain RuntimeError that only its text tells apart."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return any(words in said for words in _NO_MEMORY)
 
 
 def _alone(error: Exception, out_of_memory: bool) -> RequestError:

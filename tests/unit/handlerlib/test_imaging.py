@@ -219,6 +219,20 @@ def test_normalise_is_the_written_formula() -> None:
     assert x_CHW.dtype is torch.uint8
 
 
+def test_training_can_use_what_an_answer_has_normalised_with_before() -> None:
+    preprocess = dataclasses.replace(RGB, mean=(0.1, 0.2, 0.3))
+    x_BCHW = torch.full((2, 3, 16, 16), 255, dtype=torch.uint8)
+    with torch.inference_mode():
+        first = imaging.normalise(x_BCHW, preprocess)
+    second = imaging.normalise(x_BCHW, preprocess)
+    assert torch.equal(first, second)
+    assert not second.is_inference()
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (second * weight).sum().backward()  # which inference tensors would refuse
+    # Another normalisation is another one.
+    assert not torch.equal(imaging.normalise(x_BCHW, RGB), second)
+
+
 @pytest.mark.parametrize(
     "data", [b"hello", b"<svg/>", b"%PDF-1.7 rest", b"RIFF0000WAVEfmt ", bytes(range(256)), b"\x00"], ids=repr
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import encodings
 
 import pytest
 import torch
@@ -130,6 +131,33 @@ def test_charsets() -> None:
             decode(b"x", name)
 
 
+def test_every_charset_of_python_is_known_by_each_of_its_spellings() -> None:
+    for name in (
+        "utf-8-sig",
+        "UTF_16",
+        "koi8-u",
+        "cp874",
+        "Shift_JIS",
+        "windows-1252",
+        "iso8859.1",
+        "ANSI_X3.4-1986",
+        "latin 1",
+        "l1",
+    ):
+        assert decode("abc".encode(name), name) == "abc", name
+
+
+def test_no_charset_that_a_client_makes_up_is_kept() -> None:
+    kept = encodings._cache  # type: ignore[attr-defined]
+    decode(b"x", "latin-1")
+    before = len(kept)
+    for number in range(100):
+        with pytest.raises(UnsupportedMedia):
+            decode(b"x", f"x{number}" + "a" * 4000)
+        assert decode(b"x", "latin" + "-" * (number + 1) + "1") == "x"
+    assert len(kept) == before
+
+
 def test_stack_fills_up_with_zeros() -> None:
     items = [torch.tensor(row, dtype=torch.int32) for row in ([3, 1], [], [2])]
     assert stack(items).tolist() == [[3, 1], [0, 0], [2, 0]]
@@ -148,6 +176,12 @@ def test_a_text_is_looked_at_as_far_as_its_rules_say() -> None:
     reader = Reader(dataclasses.replace(PLAIN, most_characters=5, most_terms=2))
     assert reader.clean("one two three") == "one t"
     assert len(reader.numbers("a b c") or ()) == 2
+
+
+def test_its_normal_form_makes_no_text_longer_than_they_say() -> None:
+    reader = Reader(dataclasses.replace(PLAIN, most_characters=1000))
+    assert 900 < len(reader.clean("\ufdfa" * 1000)) <= 1000
+    assert reader.clean("\ufdfa") == "صلى الله عليه وسلم"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,15 @@ def test_several_images_in_one_request_and_the_bad_one_is_named(started: tuple[I
     assert "instance 5: " in problem(reply, 415)["detail"]
 
 
+def test_more_pixels_than_one_request_may_have(started: tuple[ImageClassifier, Any]) -> None:
+    large = base64.b64encode(images.bomb(7000, 7000)).decode()
+    headers = {"Content-Type": "application/json"}
+    (reply,) = ask(*started, [{"body": {"instances": [{"b64": large}] * 5}}], headers)
+    assert "send them in several requests" in problem(reply, 413)["detail"]
+    (reply,) = ask(*started, [{"body": {"instances": [{"b64": large}] * 2}}], headers)
+    assert "instance 0: " in problem(reply, 422)["detail"]
+
+
 def test_more_instances_than_the_batch_size(artifact: Path) -> None:
     ctx = context(artifact, batch_size=2)
     handler = ImageClassifier()
@@ -152,6 +162,23 @@ def test_out_of_memory_is_retried_in_halves(started: tuple[ImageClassifier, Any]
     replace_network(handler, _Failing(network.inner, 0, error))
     for reply in ask(handler, ctx, rows[:2]):
         problem(reply, 503)
+
+
+def test_what_the_cpu_allocator_says_is_out_of_memory(
+    started: tuple[ImageClassifier, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, ctx = started
+
+    def huge(x_BCHW: Any, threads: int = 1) -> Tensor:
+        return torch.empty(1 << 45, dtype=torch.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(handler, "model", dataclasses.replace(handler.model, engine=huge))
+        (reply,) = ask(handler, ctx, [{"body": images.photo(1)}])
+        assert "not enough memory for this input" in problem(reply, 503)["detail"]
+    monkeypatch.setattr(handler, "decode", huge)
+    (reply,) = ask(handler, ctx, [{"body": images.photo(1)}])
+    assert "not enough memory to decode" in problem(reply, 503)["detail"]
 
 
 def test_the_one_input_that_breaks_the_model_is_found(started: tuple[ImageClassifier, Any]) -> None:
@@ -231,6 +258,59 @@ def test_a_lone_request_has_all_cores_and_a_worker_beside_a_busy_one_its_share(
     assert decoders == {threading.current_thread().name}
     for other in others:
         other.close()
+
+
+def test_without_more_threads_a_worker_decodes_alone(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("handlerlib.cores.usable", lambda: 4)
+    ctx = context(artifact, batch_size=8)
+    handler = ImageClassifier()
+    handler.initialize(ctx)
+    _, decoders = watched(handler, monkeypatch)
+    rows = [{"body": images.photo(seed)} for seed in range(8)]
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # as with too small a limit of processes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        alone = [predictions(reply) for reply in ask(handler, ctx, rows)]
+    assert decoders == {threading.current_thread().name}
+    assert alone == [predictions(reply) for reply in ask(handler, ctx, rows)]
+
+
+def test_what_a_thread_left_undone_is_done(started: tuple[ImageClassifier, Any]) -> None:
+    """One that was handed its part, and no word that it has begun, may hold one input for long."""
+    handler, ctx = started
+    decode, holding, go_on = handler.decode, threading.Event(), threading.Event()
+    asking = threading.current_thread()
+    rows = [{"body": images.photo(seed)} for seed in range(4)]
+
+    def slow(data: bytes | bytearray) -> Tensor:
+        if threading.current_thread() is asking:
+            assert holding.wait(60)
+        elif not holding.is_set():
+            holding.set()
+            go_on.wait(60)
+        return decode(data)
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            super().submit(*arguments, **options)
+            raise RuntimeError("can't start new thread")
+
+    expected = [predictions(reply) for reply in ask(handler, ctx, rows)]
+    with pytest.MonkeyPatch.context() as patch, Pool(1) as pool:
+        patch.setattr(handler, "decode", slow)
+        patch.setattr(handler, "_pool", pool)
+        patch.setattr(handler.cores, "share", lambda: 2)
+        try:
+            got = [predictions(reply) for reply in ask(handler, ctx, rows)]
+        finally:
+            go_on.set()
+    assert [row[0][0]["label"] for row in got] == [row[0][0]["label"] for row in expected]
 
 
 @pytest.mark.parametrize(("count", "prepared"), [(1, [1]), (4, [4, 2, 1]), (12, [12, 4, 2, 1])])
