@@ -266,7 +266,10 @@ def choose_version(artifacts: Path, name: str, wanted: str, run: str) -> str:
 
 
 def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
-    """Copy a finished run to `artifacts/<name>/<version>/`, atomically. Raises TargetError when the run lacks a file."""
+    """Copy a finished run to `artifacts/<name>/<version>/`, atomically; of several processes one after the other.
+
+    Raises TargetError when the run lacks a file, and RecipeError as `choose_version` does.
+    """
     draft = ModelSpec.load(run_folder)
     try:
         metrics = json.loads((run_folder / METRICS_FILE).read_text(encoding="utf-8"))
@@ -275,7 +278,14 @@ def publish(run_folder: Path, artifacts: Path, version: str) -> Path:
         raise TargetError(
             f"{run_folder} is not a finished run: {error}", remedy="train it with the same recipe"
         ) from error
-    spec = dataclasses.replace(draft, version=choose_version(artifacts, draft.name, version, came_from.run))
+    with files.locked(artifacts / draft.name):
+        chosen = choose_version(artifacts, draft.name, version, came_from.run)
+        return _publish(run_folder, artifacts, dataclasses.replace(draft, version=chosen), metrics, came_from)
+
+
+def _publish(
+    run_folder: Path, artifacts: Path, spec: ModelSpec, metrics: Mapping[str, Any], came_from: Provenance
+) -> Path:
     flat = {key: value for key, value in metrics.items() if isinstance(value, float)}
     target = artifacts / spec.name / spec.version
 
@@ -312,7 +322,9 @@ def to_json(value: object) -> str:
 
 def _run_of(artifact: Path) -> str | None:
     try:
-        return str(json.loads((artifact / PROVENANCE_FILE).read_text(encoding="utf-8"))["run"])
+        origin = json.loads((artifact / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        # An optimised copy names the run of its weights too, and apart from that what made it.
+        return str(origin.get("parent", origin)["run"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -153,19 +153,16 @@ def pruned(bench: Bench, name: str, base: str, ratio: float, total: float) -> Fo
     return _form(bench, name, "structured pruning", description, base, settings, make)
 
 
-def sparse(bench: Bench, name: str, base: str, share: float | None) -> Form:
-    """Zero `share` of the weights, or with None two of every four, and fine-tune the rest."""
+def sparse(bench: Bench, name: str, base: str, share: float) -> Form:
+    """Zero `share` of the weights and fine-tune the rest."""
 
     def make(bench: Bench, folder: Path) -> Made:
         network = network_of(bench, base)
-        masks = sparsity.two_of_four_masks(network) if share is None else sparsity.global_masks(network, share)
-        with sparsity.held(network, masks):
+        with sparsity.held(network, sparsity.global_masks(network, share)):
             return _trained(bench, bench.recipe, folder, network, spec_of(bench, base).architecture)
 
-    pattern = "two of every four weights" if share is None else f"{100 * share:g} % of the weights"
-    settings: dict[str, Any] = {"pattern": "2:4"} if share is None else {"share": share}
-    description = f"{pattern} set to zero by magnitude, the others fine-tuned"
-    return _form(bench, name, "magnitude pruning", description, base, settings, make)
+    description = f"{100 * share:g} % of the weights set to zero by magnitude, the others fine-tuned"
+    return _form(bench, name, "magnitude pruning", description, base, {"share": share}, make)
 
 
 def distilled(bench: Bench, name: str, student: str, recipe: Recipe) -> Form:

@@ -2,7 +2,8 @@
 
 Forms are chosen on the validation split. Only what passes there is asked about the test split, once, and is kept when
 it is within the budget there too: the test split refuses, it never chooses. Everything lies in one run folder, named
-after what decides the forms, so that the same command, also with another budget, finds its own work again.
+after what decides the forms, so that the same artifact, also with another budget, finds its own work again. Kept forms
+become versions of the parent's name, the best one last: a name alone means its newest version.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -33,7 +35,8 @@ from training.compress.storage import Bits
 from training.config import Distil, Recipe
 from training.errors import DataError, Interrupted, RecipeError, TargetError
 from training.export import COMPRESSION_FILE, PROVENANCE_FILE
-from training.optimize import rungs
+from training.optimize import publish, rungs
+from training.optimize.ladder import LEAST_GAIN
 from training.progress import Report, Step
 from training.train import choose_device, choose_threads, reproducible
 
@@ -85,6 +88,8 @@ class Options:
     """Architecture that distillation trains."""
     distil: Distil = field(default_factory=Distil)
     importance: Importance = "taylor"
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """What the forms are trained, timed and served on; the recipe's when None."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget <= 100:
@@ -106,6 +111,7 @@ def read_options(
     minutes: float | None,
     importance: str,
     distil: Mapping[str, Any],
+    device: Literal["auto", "cpu", "cuda"] | None = None,
 ) -> Options:
     """Options from the words of a command line; hints as `STUDENT=TEACHER`. Raises RecipeError naming the wrong one."""
     wanted = METHODS if methods is None else tuple(word.strip() for word in methods.split(",") if word.strip())
@@ -134,6 +140,7 @@ def read_options(
         student=student,
         distil=section,
         importance=cast(Importance, importance),
+        device=device,
     )
 
 
@@ -171,6 +178,11 @@ class Result:
     device: str
     rows: tuple[Row, ...]
 
+    @property
+    def best(self) -> Row | None:
+        """The fastest form that is kept, and of forms about as fast the smallest; None when none is kept."""
+        return next(reversed(_ranked(self.rows)), None)
+
     def fields(self) -> dict[str, Any]:
         """As `report.json` and --json show it."""
         return {
@@ -183,6 +195,7 @@ class Result:
             "texts": self.texts,
             "threads": self.threads,
             "device": self.device,
+            "best": self.best.name if self.best else None,
             "forms": [_row_fields(row) for row in self.rows],
         }
 
@@ -198,7 +211,7 @@ def compress(
     _require_classes(spec)
     origin = pipeline.read_json(target / PROVENANCE_FILE)
     recorded = pipeline.recorded_recipe(target, origin, root)
-    recipe = tuned(recorded, options)
+    recipe = tuned(on_device(recorded, options), options)
     threads = choose_threads(recipe.train)
     device = choose_device(recipe.train)
     folder = runs / run_id(target, spec, origin, recipe, options, threads, device.type)
@@ -239,6 +252,15 @@ def _require_classes(spec: ModelSpec) -> None:
         )
 
 
+def on_device(recipe: Recipe, options: Options) -> Recipe:
+    """The recipe for the device that the user chose. Raises RecipeError when that is not there."""
+    if options.device is None:
+        return recipe
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("the device is cuda, but torch sees no GPU", remedy="--device cpu or auto")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": options.device})})
+
+
 def tuned(recipe: Recipe, options: Options) -> Recipe:
     """The recipe with a short schedule for weights that are good already."""
     train = recipe.train
@@ -268,7 +290,8 @@ def run_id(
     identity = {
         "weights": hashlib.sha256((target / WEIGHTS_FILE).read_bytes()).hexdigest(),
         "spec": (target / SPEC_FILE).read_text(encoding="utf-8"),
-        "recipe": recipe.identity(),
+        # Without its device: what that comes to is said below.
+        "recipe": on_device(recipe, Options(device="auto")).identity(),
         "data": origin.get("data_digest"),
         "importance": options.importance,
         "code": exporting.code_digest(),
@@ -317,7 +340,7 @@ def _search(bench: Bench, options: Options, artifacts: Path) -> Result:
         texts=bench.spec.text is not None,
         threads=bench.threads,
         device=bench.device.type,
-        rows=tuple(_published(bench, row, artifacts) for row in rows),
+        rows=_published(bench, rows, artifacts),
     )
     files.write_text(bench.folder / REPORT_FILE, exporting.to_json(result.fields()))
     files.write_text(bench.folder / TABLE_FILE, chart.table(result.fields()))
@@ -405,8 +428,8 @@ def _lower_precisions(bench: Bench, options: Options, found: list[Form], base: s
     if "int4" in options.methods and base == PARENT:
         yield _not_tried("int4", "only the tables of text models are stored in it, and no engine here computes in it")
     if cuda:
-        if "int8" in options.methods:
-            yield _not_tried(f"{prefix}int8", "there is no int8 engine for a GPU")
+        if {"int8", "qat"} & set(options.methods):
+            yield _not_tried(f"{prefix}int8", "there is no int8 engine for a GPU; for CPUs: --device cpu")
         return
     missed = True
     if "int8" in options.methods:
@@ -456,13 +479,10 @@ def _magnitude(bench: Bench, options: Options, found: list[Form]) -> Iterator[Fo
         yield step
         if not _passed(step, options.budget):
             break
-    if _has_sparse_cores(bench.device):
-        yield _sparse(bench, found, "sparse-2of4", None)
-    else:
-        yield _not_tried("sparse-2of4", f"this {bench.device.type} has no sparse tensor cores that would use it")
+    yield _not_tried("sparse-2of4", "no engine here computes with sparse tensor cores")
 
 
-def _sparse(bench: Bench, found: list[Form], name: str, share: float | None) -> Form | Row:
+def _sparse(bench: Bench, found: list[Form], name: str, share: float) -> Form | Row:
     return _attempt(found, name, lambda: forms.sparse(bench, name, PARENT, share))
 
 
@@ -494,7 +514,7 @@ def _student_name(options: Options) -> str:
 
 def _student_recipe(bench: Bench, options: Options) -> Recipe:
     """The parent's own schedule: a student begins from nothing."""
-    recipe = bench.recorded
+    recipe = on_device(bench.recorded, options)
     shorter = {} if options.student_epochs is None else {"stages": (), "epochs": options.student_epochs}
     train = recipe.train.model_copy(update=shorter)
     model = recipe.model.model_copy(update={"architecture": options.student, "dropout": None, "pretrained": False})
@@ -503,10 +523,6 @@ def _student_recipe(bench: Bench, options: Options) -> Recipe:
 
 def _fits(form: Form, budget: float) -> bool:
     return form.validation.loss <= budget + _ROUNDING
-
-
-def _has_sparse_cores(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _progress(form: Form, budget: float) -> str:
@@ -569,14 +585,39 @@ def _latencies(bench: Bench, found: list[Form]) -> dict[str, dict[int, Latency]]
     return timed
 
 
-def _published(bench: Bench, row: Row, artifacts: Path) -> Row:
-    """A kept form as the next version of the parent's name, or the version that it already has."""
-    if row.status != "kept" or row.form is None:
-        return row
+def _ranked(rows: Sequence[Row]) -> list[Row]:
+    """The kept forms from the slowest to the fastest; last the best, the smallest of those about as fast as that."""
+    kept = sorted((row for row in rows if row.status == "kept"), key=_gain)
+    fast = [row for row in kept if LEAST_GAIN * _gain(row) >= _gain(kept[-1])]
+    # The others follow one another by speed still: sorting is stable.
+    return sorted(kept, key=lambda row: row is min(fast, key=_bytes))
+
+
+def _gain(row: Row) -> float:
+    """How many times as fast as the parent: the geometric mean over batch sizes."""
+    return math.prod(one.speed_up for one in row.latency.values()) ** (1 / len(row.latency))
+
+
+def _bytes(row: Row) -> int:
+    assert row.size is not None
+    return row.size.weights_bytes
+
+
+def _published(bench: Bench, rows: Sequence[Row], artifacts: Path) -> tuple[Row, ...]:
+    """Kept forms as the next versions of the parent's name, or the versions that they already have."""
+    places = {row.name: _publish(bench, row, artifacts) for row in _ranked(rows)}
+    return tuple(dataclasses.replace(row, artifact=places.get(row.name)) for row in rows)
+
+
+def _publish(bench: Bench, row: Row, artifacts: Path) -> Path:
     folder = bench.folder / row.name
     record = _row_fields(row) | {"parent": bench.teacher.identity(), "threads": bench.threads}
     files.write_text(folder / COMPRESSION_FILE, exporting.to_json(record))
-    return dataclasses.replace(row, artifact=exporting.publish(folder, artifacts, "auto"))
+    name = bench.spec.name
+    version = exporting.choose_version(artifacts, name, "auto", f"{bench.folder.name}/{row.name}")
+    if not (artifacts / name / version).exists():
+        version = publish.following(artifacts / name)
+    return exporting.publish(folder, artifacts, version)
 
 
 def _not_tried(name: str, reason: str) -> Row:

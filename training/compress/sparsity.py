@@ -1,7 +1,8 @@
 """Magnitude pruning: single weights become zero and stay zero while the others are trained on.
 
-The network keeps its shape, so dense kernels do the same work as before: what it saves is the size of the compressed
-file, and time only on hardware that skips zeros (2:4 on GPUs with sparse tensor cores). `marina compress` measures it.
+The network keeps its shape and every engine here multiplies with the zeros too: what it saves is the size of the
+compressed file. The 2:4 pattern of sparse tensor cores is not made, because no engine here computes with them: what torch
+has for it are linear layers, not convolutions.
 """
 
 from __future__ import annotations
@@ -33,15 +34,6 @@ def global_masks(network: nn.Module, share: float) -> dict[str, Tensor]:
     return {name: weight.abs() > threshold for name, weight in weights.items()}
 
 
-def two_of_four_masks(network: nn.Module) -> dict[str, Tensor]:
-    """Of every four neighbouring inputs of a weight row the two largest stay: the 2:4 pattern of sparse tensor cores.
-
-    After Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021. Layers whose inputs are no multiple of four
-    stay dense.
-    """
-    return {name: _two_of_four(weight) for name, weight in _weights(network).items() if weight.shape[1] % 4 == 0}
-
-
 @contextlib.contextmanager
 def held(network: nn.Module, masks: Masks) -> Iterator[None]:
     """Zero the masked weights now and after every step of whatever optimiser trains this network meanwhile."""
@@ -66,11 +58,3 @@ def held(network: nn.Module, masks: Masks) -> Iterator[None]:
 def _weights(network: nn.Module) -> dict[str, Tensor]:
     layers = {path: layer for path, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     return {f"{path}.weight": layer.weight.detach() for path, layer in layers.items()}
-
-
-def _two_of_four(weight: Tensor) -> Tensor:
-    # Inputs last: a GPU multiplies along them, whatever place the kernel's own axes have.
-    rows = weight.movedim(1, -1)
-    fours = rows.reshape(-1, 4).abs()
-    chosen = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.topk(2, dim=1).indices, True)
-    return chosen.view(rows.shape).movedim(-1, 1)

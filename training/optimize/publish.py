@@ -36,49 +36,55 @@ def with_engine(artifact: Path, engine: EngineSpec, built: Path, artifacts: Path
         "by": "optimize",
         "run": run,
     }
-    spec = dataclasses.replace(parent, version=_version(artifacts / parent.name, engine, run))
-    metrics = json.loads((artifact / METRICS_FILE).read_text(encoding="utf-8")) | _metrics(engine)
-    card = _card((artifact / CARD_FILE).read_text(encoding="utf-8"), spec, parent, engine)
-    target = artifacts / spec.name / spec.version
+    with files.locked(artifacts / parent.name):
+        spec = dataclasses.replace(parent, version=_version(artifacts / parent.name, engine, run))
+        metrics = json.loads((artifact / METRICS_FILE).read_text(encoding="utf-8")) | _metrics(engine)
+        card = _card((artifact / CARD_FILE).read_text(encoding="utf-8"), spec, parent, engine)
+        target = artifacts / spec.name / spec.version
 
-    def fill(folder: Path) -> None:
-        for name in (WEIGHTS_FILE, *(sample.file for sample in spec.golden.samples)):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(artifact / name, folder / name)
-        if (artifact / _CONFIG_FILE).is_file():
-            shutil.copyfile(artifact / _CONFIG_FILE, folder / _CONFIG_FILE)
-        for file in engine.files:
-            (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(built / file.path, folder / file.path)
-        texts = {
-            SPEC_FILE: spec.to_json(),
-            ENGINE_FILE: engine.to_json(),
-            METRICS_FILE: to_json(metrics),
-            PROVENANCE_FILE: to_json(origin),
-            CARD_FILE: card,
-        }
-        if (artifact / REPORT_FILE).is_file():
-            page = (artifact / REPORT_FILE).read_text(encoding="utf-8")
-            texts[REPORT_FILE] = _report(page, parent, engine)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        def fill(folder: Path) -> None:
+            for name in (WEIGHTS_FILE, *(sample.file for sample in spec.golden.samples)):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(artifact / name, folder / name)
+            if (artifact / _CONFIG_FILE).is_file():
+                shutil.copyfile(artifact / _CONFIG_FILE, folder / _CONFIG_FILE)
+            for file in engine.files:
+                (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
+                shutil.copyfile(built / file.path, folder / file.path)
+            texts = {
+                SPEC_FILE: spec.to_json(),
+                ENGINE_FILE: engine.to_json(),
+                METRICS_FILE: to_json(metrics),
+                PROVENANCE_FILE: to_json(origin),
+                CARD_FILE: card,
+            }
+            if (artifact / REPORT_FILE).is_file():
+                page = (artifact / REPORT_FILE).read_text(encoding="utf-8")
+                texts[REPORT_FILE] = _report(page, parent, engine)
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
-    files.publish(target, fill)
+        files.publish(target, fill)
     return target
 
 
-def _version(versions: Path, engine: EngineSpec, run: str) -> str:
-    taken = sorted(
-        (path.name for path in versions.glob("[0-9]*") if re.fullmatch(r"\d+(\.\d+)*", path.name)),
-        key=lambda version: tuple(map(int, version.split("."))),
-    )
-    for version in taken:
-        if _holds(versions / version, engine, run):
-            return version
-    if not taken:
+def following(versions: Path) -> str:
+    """The version after the newest in the folder of one name."""
+    known = _taken(versions)
+    if not known:
         return "1.0"
-    head, _, last = taken[-1].rpartition(".")
+    head, _, last = known[-1].rpartition(".")
     return f"{head}.{int(last) + 1}" if head else f"{last}.1"
+
+
+def _version(versions: Path, engine: EngineSpec, run: str) -> str:
+    mine = (version for version in _taken(versions) if _holds(versions / version, engine, run))
+    return next(mine, following(versions))
+
+
+def _taken(versions: Path) -> list[str]:
+    names = (path.name for path in versions.glob("[0-9]*") if re.fullmatch(r"\d+(\.\d+)*", path.name))
+    return sorted(names, key=lambda version: tuple(map(int, version.split("."))))
 
 
 def _holds(folder: Path, engine: EngineSpec, run: str) -> bool:

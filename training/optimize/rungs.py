@@ -63,7 +63,13 @@ _FAST = TorchOptions(channels_last=True, fold=True)
 _BOTH: tuple[Device, ...] = ("cpu", "cuda")
 RUNGS = (
     Rung(name=PLAIN, engine="torch", precision="fp32", devices=_BOTH),
-    Rung(name="torch-channels-last", engine="torch", precision="fp32", options=TorchOptions(channels_last=True)),
+    Rung(
+        name="torch-channels-last",
+        engine="torch",
+        precision="fp32",
+        options=TorchOptions(channels_last=True),
+        devices=_BOTH,
+    ),
     Rung(name="torch-folded", engine="torch", precision="fp32", options=_FAST, devices=_BOTH),
     Rung(name="torch-bf16", engine="torch", precision="bf16", options=_FAST, devices=_BOTH),
     Rung(
@@ -73,9 +79,10 @@ RUNGS = (
         options=TorchOptions(channels_last=True, fold=True, autocast=True),
     ),
     Rung(name="torch-fp16", engine="torch", precision="fp16", options=_FAST, devices=("cuda",)),
-    Rung(name="compile-fp32", engine="aoti", precision="fp32", packed=False),
+    Rung(name="torch-int8", engine="torch", precision="int8", devices=("cuda",)),
+    Rung(name="compile-fp32", engine="aoti", precision="fp32", devices=_BOTH, packed=False),
     Rung(name="compile-bf16", engine="aoti", precision="bf16", devices=_BOTH, packed=False),
-    Rung(name="aoti-fp32", engine="aoti", precision="fp32"),
+    Rung(name="aoti-fp32", engine="aoti", precision="fp32", devices=_BOTH),
     Rung(name="aoti-bf16", engine="aoti", precision="bf16", devices=_BOTH),
     Rung(name="aoti-fp16", engine="aoti", precision="fp16", devices=("cuda",)),
     Rung(name="openvino-fp32", engine="openvino", precision="fp32"),
@@ -117,6 +124,8 @@ def for_device(device: Device) -> tuple[Rung, ...]:
 
 def missing(rung: Rung, device: Device, *, calibration: bool) -> str:
     """Why the rung cannot be built on this machine; empty when it can."""
+    if rung.engine == "torch" and rung.precision == "int8":
+        return "torch has no int8 convolutions for a GPU"
     if rung.engine == "openvino":
         for package in ("openvino", "nncf") if rung.precision == "int8" else ("openvino",):
             if importlib.util.find_spec(package) is None:

@@ -16,8 +16,13 @@ import torch
 from handlerlib import imaging
 from handlerlib.engine_spec import Accuracy, EngineSpec
 from handlerlib.spec import ModelSpec
+from marina import compress_cli
+from marina.errors import ArchiveError
+from marina.home import Home
+from marina.screen import Screen
+from support.commands import project
 from support.engines import forged, write_torch_engine
-from training import pipeline
+from training import export, pipeline
 from training.compress import forms, search
 from training.compress.search import Options, Result
 from training.config import Recipe
@@ -127,7 +132,7 @@ def test_the_report_names_every_form_and_what_was_not_tried(result: Result) -> N
     text = (result.folder / "report.md").read_text()
     for row in result.rows:
         assert row.name in text
-    assert "sparse-2of4**: not tried: this cpu has no sparse tensor cores" in text
+    assert "sparse-2of4**: not tried: no engine here computes with sparse tensor cores" in text
     assert f"{result.images['test']} test images" in text
     assert (result.folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((result.folder / "report.json").read_text()) == json.loads(json.dumps(result.fields()))
@@ -142,6 +147,77 @@ def test_the_same_again_computes_nothing_and_changes_no_byte(
     assert again == result
     assert files(home / "artifacts") == before
     assert not [step for step in seen if step.phase.endswith(("train", "evaluate"))]
+
+
+def test_the_best_form_is_the_newest_version(result: Result) -> None:
+    """A name alone means its newest version."""
+    kept = {row.name: row for row in result.rows if row.artifact is not None}
+    assert result.best is not None
+    versions = [tuple(map(int, row.artifact.name.split("."))) for row in kept.values() if row.artifact is not None]
+    assert result.best.artifact is not None
+    assert tuple(map(int, result.best.artifact.name.split("."))) == max(versions) == (1, len(kept))
+    assert result.best.size is not None
+    for row in kept.values():
+        assert row.size is not None
+        assert search._gain(row) < 1.05 * search._gain(result.best)
+
+
+def test_the_smallest_of_the_fastest_forms_is_the_best(result: Result) -> None:
+    row = next(row for row in result.rows if row.status == "kept")
+    assert row.size is not None
+
+    def form(name: str, speed: float, size: int) -> search.Row:
+        assert row.size is not None
+        latency = {batch: dataclasses.replace(one, speed_up=speed) for batch, one in row.latency.items()}
+        return dataclasses.replace(
+            row, name=name, latency=latency, size=dataclasses.replace(row.size, weights_bytes=size)
+        )
+
+    rows = [form("small", 2.93, 10), form("fast", 3.0, 20), form("tiny", 2.0, 1), result.rows[0], form("slow", 1.0, 50)]
+    assert [one.name for one in search._ranked(rows)] == ["slow", "tiny", "fast", "small"]
+
+
+def test_a_name_is_compressed_from_what_was_trained_not_from_its_newest_form(
+    result: Result, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project(home)
+    monkeypatch.setenv("MARINA_HOME", str(home))
+    before, runs = files(home / "artifacts"), set((home / "runs").iterdir())
+    compress_cli.compress("ink", budget=10, methods="sparse", epochs=2)
+    said = capsys.readouterr().out
+    assert result.best is not None and result.best.artifact is not None
+    newest = result.best.artifact.name
+    assert f"from      ink:1.0, which ink:{newest} was made from\n" in said
+    assert "next      marina pack ink:1." in said
+    assert f"note      ink alone now means ink:{newest}\n" in said
+    assert files(home / "artifacts") == before
+    assert set((home / "runs").iterdir()) == runs
+
+
+def test_an_optimised_version_is_compressed_from_what_it_was_made_from(
+    result: Result, home: Path, tmp_path: Path
+) -> None:
+    place = Home(tmp_path)
+    shutil.copytree(home / "artifacts", place.artifacts)
+    newest = place.artifacts / "ink" / "1.20"
+    assert result.best is not None and result.best.artifact is not None
+    shutil.copytree(result.best.artifact, newest)
+    origin = json.loads((newest / "provenance.json").read_text())
+    origin["parent"] = {"name": "ink", "version": result.best.artifact.name, "by": "optimize", "run": "optimize-ink-1"}
+    (newest / "provenance.json").write_text(json.dumps(origin))
+    quiet = Screen(as_json=True)
+    assert compress_cli._what(quiet, place, "ink") == place.artifacts / "ink" / "1.0"
+    assert compress_cli._what(quiet, place, "ink:1.20") == newest
+    # It names the run of the form that it holds, whose version it is not.
+    shutil.copytree(newest, place.artifacts / "ink" / "0.9")
+    form = f"{result.folder.name}/{result.best.name}"
+    assert export.choose_version(place.artifacts, "ink", "auto", form) == result.best.artifact.name
+    with pytest.raises(RecipeError, match="already holds the run optimize-ink-1"):
+        export.choose_version(place.artifacts, "ink", "1.20", form)
+    shutil.rmtree(place.artifacts / "ink" / "1.0")
+    with pytest.raises(ArchiveError, match=r"ink:1.20 was made from ink:1.0, which is not there any more") as caught:
+        compress_cli._what(quiet, place, "ink")
+    assert "marina compress ink:1.20" in caught.value.remedy
 
 
 def test_a_budget_that_nothing_meets_keeps_nothing(
@@ -210,6 +286,29 @@ def test_what_builds_and_times_engines_is_part_of_a_runs_name(
     monkeypatch.setattr(search.cores, "usable", lambda: 77)
     names.append(name())
     assert len(set(names)) == 4
+
+
+def test_the_device_of_the_forms_may_be_another_than_that_of_the_recipe(
+    parent: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model trained on a GPU may be served by CPUs, which have int8."""
+    origin = json.loads((parent.artifact / "provenance.json").read_text())
+    recorded = search.pipeline.recorded_recipe(parent.artifact, origin, None)
+    spec, free = ModelSpec.load(parent.artifact), search.on_device(recorded, Options(device="auto"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        chosen = {device: search.on_device(free, Options(device=device)) for device in (None, "cpu", "cuda")}
+    assert [recipe.train.device for recipe in chosen.values()] == ["auto", "cpu", "cuda"]
+    assert search.tuned(chosen["cpu"], Options()).train.device == "cpu"
+    bench: Any = SimpleNamespace(recorded=free)
+    assert search._student_recipe(bench, Options(device="cpu", student="tiny_cnn")).train.device == "cpu"
+    # What the device comes to is part of a run's name, however it was chosen.
+    names = {search.run_id(parent.artifact, spec, origin, recipe, Options(), 1, "cpu") for recipe in chosen.values()}
+    assert len(names) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="torch sees no GPU") as caught:
+        search.compress(parent.artifact, Options(device="cuda"), runs=Path(), artifacts=Path(), report=silent)
+    assert caught.value.remedy == "--device cpu or auto"
 
 
 def test_a_harsh_pruning_is_refused_and_half_of_the_step_is_tried(

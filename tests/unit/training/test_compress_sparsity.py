@@ -25,17 +25,6 @@ def test_the_smallest_weights_of_all_layers_go() -> None:
     assert float(gone.max()) <= float(kept.min())
 
 
-def test_two_of_every_four_inputs_stay() -> None:
-    masks = sparsity.two_of_four_masks(network())
-    along_inputs = masks["0.weight"].permute(0, 2, 3, 1)
-    assert (along_inputs.reshape(-1, 4).sum(1) == 2).all()
-    assert (masks["4.weight"].reshape(-1, 4).sum(1) == 2).all()
-    weight = torch.tensor([[0.1, -0.9, 0.5, 0.2]])
-    layer = nn.Linear(4, 1)
-    layer.weight.data = weight
-    assert sparsity.two_of_four_masks(nn.Sequential(layer))["0.weight"].tolist() == [[False, True, True, False]]
-
-
 @pytest.mark.parametrize(
     "optimiser",
     [

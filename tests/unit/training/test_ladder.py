@@ -152,6 +152,20 @@ def test_rungs_that_cannot_be_built_here_say_why(monkeypatch: pytest.MonkeyPatch
         rungs.find("openvino-int4")
 
 
+def test_a_gpu_has_a_row_for_every_layout_and_precision_of_torch() -> None:
+    """What nothing builds is dropped by name, not left out."""
+    on_gpu, on_cpu = (
+        {rung.name for rung in rungs.for_device(device) if rung.engine != "openvino"} for device in ("cuda", "cpu")
+    )
+    assert on_cpu - on_gpu == {"torch-bf16-autocast"}
+    assert on_gpu - on_cpu == {"torch-fp16", "aoti-fp16", "torch-int8"}
+    reasons = {rung.name: rungs.missing(rung, "cuda", calibration=True) for rung in rungs.for_device("cuda")}
+    assert reasons["torch-int8"] == "torch has no int8 convolutions for a GPU"
+    assert {name for name, reason in reasons.items() if reason and not name.startswith(("aoti", "compile"))} == {
+        "torch-int8"
+    }
+
+
 def test_what_was_compiled_here_needs_this_processor_on_a_gpu_too() -> None:
     def needed(rung: str, device: rungs.Device) -> tuple[str, ...]:
         return rungs._needed(rungs.find(rung), device)
@@ -263,13 +277,15 @@ def test_versions_of_optimised_artifacts(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     other = publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-2")
     assert other.name == "1.11"
+    write_artifact(tmp_path, version="2.0")
+    assert publish.following(tmp_path / "tiny") == "2.1"
     # Optimised again, its engine and the section on its card are replaced, not added.
     third = publish.with_engine(
         first, engine_of(artifact, built, tolerance=2e-4), built, tmp_path, run="optimize-tiny-3"
     )
     card = (third / "MODEL_CARD.md").read_text()
     assert card.count("## Engine") == 1
-    assert card.startswith("# tiny 1.12\n")
+    assert card.startswith("# tiny 2.1\n")
     assert json.loads((third / "provenance.json").read_text())["parent"]["version"] == "1.10"
 
 
