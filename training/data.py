@@ -30,6 +30,7 @@ from handlerlib.text import stack
 from training import truth
 from training.config import TABLES, TEXT_SOURCES, Recipe, Source
 from training.errors import DataError
+from training.machine import moved
 from training.progress import Report, Step
 from training.sources import Entry, Skipped, Split, listing
 
@@ -94,6 +95,8 @@ class Notes:
     conflicts: tuple[Conflict, ...] = ()
     things: str = "images"
     """What messages call them."""
+    advice: tuple[str, ...] = ()
+    """Sentences about the data as a whole, with what to do."""
 
     def counts(self) -> dict[str, float]:
         return {
@@ -114,6 +117,7 @@ class Notes:
         if self.conflicts:
             pairs = (f"{' = '.join(c.names)} ({', '.join(c.labels)})" for c in self.conflicts)
             yield f"{len(self.conflicts)} {self.things} appear under different labels: " + some(pairs)
+        yield from self.advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +147,8 @@ class Dataset:
     def input(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
         """What the network takes for these rows, on `device`: normalised images of that size, or numbers of terms."""
         if self.text is not None:
-            return stack([self.terms[row] for row in rows.tolist()]).to(device)
-        return imaging.normalise(self.pixels(rows, size).to(device), self.preprocess)
+            return moved(stack([self.terms[row] for row in rows.tolist()]), device)
+        return imaging.normalise(moved(self.pixels(rows, size), device), self.preprocess)
 
     def pixels(self, rows: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """uint8 `[B, C, height, width]` of these rows, at the network's height and width or at `size`.

@@ -7,6 +7,7 @@ is made of the training split alone.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -24,6 +25,12 @@ from training.progress import Report, Step
 from training.sources import Entry, Skipped
 
 _BLOCK = 1000
+_UNSPACED = re.compile(
+    "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]{3,}"
+    "|[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]{6,}"
+)
+"""Han characters and kana, and Thai, Lao, Burmese and Khmer, in a row longer than most of their words."""
+_BY_CHARACTERS = "--set 'text.word_ngrams=[]' --set 'text.char_ngrams=[1,2,3]'"
 
 
 def examine(entry: Entry) -> Found | Skipped:
@@ -49,19 +56,22 @@ def prepare(surveyed: Survey, recipe: Recipe, *, report: Report, keep: bool) -> 
     grouped = data.groups(found, [hashlib.sha256(text.encode()).digest() for text in cleaned])
     rows, removed = data.divide(found, grouped, recipe)
     data.check_splits(found, rows, surveyed.classes, recipe)
+    unspaced = not recipe.text.char_ngrams and _unspaced(cleaned)
+    advice = f"most texts have no spaces between words: {_BY_CHARACTERS} reads them by characters"
     notes = Notes(
         unreadable=(*surveyed.skipped, *empty),
         duplicates=len(found) - len(grouped),
         removed=tuple(found[row].entry.name for row in removed),
         conflicts=tuple(data.conflicts(found, grouped)),
         things="texts",
+        advice=(advice,) if unspaced else (),
     )
     how = _preprocess(recipe.text, buckets=recipe.text.buckets or 1)
     terms: tuple[Tensor, ...] = ()
     if keep:
         if not recipe.text.buckets:
             train = (reader.terms(cleaned[row]) for row in rows["train"])
-            how = _preprocess(recipe.text, vocabulary=_vocabulary(train, recipe.text))
+            how = _preprocess(recipe.text, vocabulary=_vocabulary(train, recipe.text, unspaced))
         # The texts as they came, not as they were cleaned: the very steps of a worker.
         terms = tuple(_numbers(found, Reader(how)))
     labels = [one.entry.label for one in found]
@@ -122,7 +132,16 @@ def _numbers(found: Sequence[Found], reader: Reader) -> Iterator[Tensor]:
         yield torch.tensor(list(numbers or ()), dtype=torch.int32)
 
 
-def _vocabulary(texts: Iterable[Iterable[str]], text: Text) -> list[str]:
+def _unspaced(cleaned: Iterable[str]) -> bool:
+    """Whether most characters stand in a row without spaces in a script that is written without them."""
+    rows = characters = 0
+    for text in cleaned:
+        rows += sum(map(len, _UNSPACED.findall(text)))
+        characters += len(text) - text.count(" ")
+    return 2 * rows > characters
+
+
+def _vocabulary(texts: Iterable[Iterable[str]], text: Text, unspaced: bool) -> list[str]:
     """Terms by the number of texts that hold them, ties in the order of their characters; the list itself sorted."""
     counts: Counter[str] = Counter()
     for terms in texts:
@@ -131,6 +150,8 @@ def _vocabulary(texts: Iterable[Iterable[str]], text: Text) -> list[str]:
     if not enough:
         raise DataError(
             f"no term is in {text.least_texts} training texts: there is no vocabulary",
-            remedy="--set text.least_texts=1, give more texts, or hash terms with text.buckets",
+            remedy=f"{_BY_CHARACTERS}: there are no spaces between words"
+            if unspaced
+            else "--set text.least_texts=1, give more texts, or hash terms with text.buckets",
         )
     return sorted(term for _, term in sorted(enough)[: text.vocabulary_size])

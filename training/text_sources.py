@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -83,9 +84,39 @@ def _decoded(data: bytes, where: str, encoding: str) -> str:
         line = data.count(b"\n", 0, start) + 1
         raise DataError(
             f"{where}, line {line}: not {encoding}: {getattr(error, 'reason', error)} (byte {start})",
-            remedy="--set data.encoding=cp1252 or what the file is in, or store it as UTF-8",
+            remedy=f"store it as UTF-8, or --set data.encoding={_likely(data)} if it is that; look at the labels afterwards",
         ) from error
     return text.removeprefix("\ufeff")
+
+
+_HAN = "[\u4e00-\u9fff]{2,}"
+_FITS: tuple[tuple[str, str, str, float], ...] = (
+    ("utf-8", "utf-8", "(?!)", 0.0),
+    ("cp949", "cp949", "[\uac00-\ud7a3]+", 0.8),
+    ("cp932", "cp932", "[\u3041-\u30ff]+", 0.2),
+    ("euc_jp", "euc_jp", "[\u3041-\u30ff]+", 0.2),
+    ("gb2312", "gb18030", _HAN, 0.5),
+    ("big5", "big5", _HAN, 0.5),
+    ("gb18030", "gb18030", _HAN, 0.5),
+)
+"""Codec that the bytes must fit, the one to name, its language's characters, and their least share of what is not ASCII.
+
+Bytes of one often fit several. Hangul and kana tell theirs; Big5 has second bytes that GB 2312 has not. Han characters
+count two in a row: an accented letter of cp1252 and the letter after it look like a single one.
+"""
+
+
+def _likely(data: bytes) -> str:
+    """The encoding that bytes which are not in the given one may be in."""
+    for codec, name, characters, least in _FITS:
+        try:
+            text = data.decode(codec)
+        except UnicodeError:
+            continue
+        others = len(text) - len(text.encode("ascii", "ignore"))
+        if sum(len(found[0]) for found in re.finditer(characters, text)) >= least * others:
+            return name
+    return "cp1252"
 
 
 # ----------------------------------------------------------------------------------------------------------------- csv

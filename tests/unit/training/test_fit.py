@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 
+from handlerlib import architectures
 from training import data
 from training.config import Optimizer, Recipe, Schedule, load_recipe
 from training.data import Dataset
@@ -43,6 +44,12 @@ def dataset_of(recipe: Recipe) -> Dataset:
 @pytest.fixture(scope="session")
 def few_digits() -> Dataset:
     return dataset_of(load_recipe("digits", ["data.max_images=400", "data.image_size=8"]))
+
+
+@pytest.fixture(scope="session")
+def larger_digits() -> Dataset:
+    """The same at 16x16, which every network of ours takes."""
+    return dataset_of(load_recipe("digits", ["data.max_images=400", "data.image_size=16"]))
 
 
 @pytest.fixture
@@ -171,15 +178,37 @@ def test_the_history_has_a_line_per_epoch(fit_digits: FitDigits, tmp_path: Path)
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
-OWN = ["mlp", "lenet", "cnn28", "cifar_cnn", "tiny_cnn", "resnet9", "airbench"]
+OWN = {
+    "mlp": (4, 3e-3),
+    "lenet": (8, 3e-3),
+    "cnn28": (4, 3e-3),
+    "cifar_cnn": (4, 3e-3),
+    "tiny_cnn": (4, 3e-3),
+    "resnet9": (2, 3e-3),
+    "airbench": (4, 1e-2),
+}
+"""Epochs and learning rate that suffice to learn digits."""
+TORCHVISION = [("resnet18", 32), ("mobilenet_v3_small", 32), ("squeezenet1_1", 40)]
+
+
+def test_every_network_of_ours_is_held_to_learn() -> None:
+    assert tuple(OWN) == architectures.own_names()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_network_of_ours_learns(name: str, larger_digits: Dataset, tmp_path: Path) -> None:
+    epochs, rate = OWN[name]
+    settings = ["batch_size=32", "device=cpu", "threads=1", f"epochs={epochs}", f"learning_rate={rate}"]
+    overrides = [f"model.architecture={name}", *PLAIN, *(f"train.{setting}" for setting in settings)]
+    with reproducible(1):
+        assert learns(fit(larger_digits, load_recipe("digits", overrides), tmp_path, report=silent).history)
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [*((own, 16) for own in OWN), ("resnet18", 32), ("mobilenet_v3_small", 32), ("squeezenet1_1", 40)],
+    ("name", "size", "channels"),
+    [*((own, 16, 3) for own in OWN), *((*other, channels) for other in TORCHVISION for channels in (1, 3))],
 )
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_network_trains(
+def test_every_network_takes_a_step_with_finite_weights(
     name: str, size: int, channels: int, tree: WriteTree, folder_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     recipe = folder_recipe(

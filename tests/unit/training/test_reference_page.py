@@ -17,9 +17,20 @@ FOLDER = Path(training.__file__).parent
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [*get_args(Task), *get_args(Optimizer), *get_args(Schedule)])
-def test_every_choice_has_its_line(name: str) -> None:
-    assert re.search(rf"^\|[^|]*`{name}`[^|]*\|.+\|", PAGE, re.MULTILINE), name
+CHOICES = [*get_args(Task), *get_args(Optimizer), *get_args(Schedule), "model.whiten", 'augment.flip = "alternating"']
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_has_its_line_with_a_source(name: str) -> None:
+    line = re.search(rf"^\|[^|]*`{name}`[^|]*\|.+\|([^|]*)\|$", PAGE, re.MULTILINE)
+    assert line, name
+    assert name == "constant" or line[1].strip(), name
+
+
+def test_every_line_has_a_source() -> None:
+    cells = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("|")]
+    assert len(cells) > 40
+    assert [first for first, *_, last in cells if not last.strip()] == [" `constant` "]
 
 
 @pytest.mark.parametrize("name", architectures.text_names())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,56 @@ def test_a_recorded_recipe_is_read_again(name: str) -> None:
     assert parse(recipe.model_dump(mode="json"), where="there") == recipe
     assert ("text" in recipe.identity()) == (name == "agnews")
     assert ("augment" in recipe.identity()) == (name != "agnews")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "lines"),
+    [
+        ("gb18030", ["政治,总统今天访问了北京并发表讲话", "体育,球队在昨晚的比赛中赢得了冠军"]),
+        ("big5", ["政治,總統今天訪問了北京並發表講話", "體育,球隊在昨晚的比賽中贏得了冠軍"]),
+        ("cp932", ["政治,大統領は今日、北京を訪問して演説した。", "スポーツ,チームは昨夜の試合で優勝した"]),
+        ("euc_jp", ["政治,大統領は今日、北京を訪問して演説した。", "スポーツ,チームは昨夜の試合で優勝した"]),
+        ("cp949", ["정치,대통령은 오늘 베이징을 방문해 연설했다", "스포츠,팀은 어젯밤 경기에서 우승했다"]),
+        ("cp1252", ["reise,Jürgen Schäfer fährt für Übungen fort", "essen,Müller grüßt naïve Gäste"]),
+    ],
+)
+def test_the_remedy_for_wrong_bytes_names_what_they_are(tmp_path: Path, encoding: str, lines: list[str]) -> None:
+    remedy = refuse(texts.recipe(csv(tmp_path, "label,text", *lines, encoding=encoding)), "not utf-8").remedy
+    assert (
+        remedy == f"store it as UTF-8, or --set data.encoding={encoding} if it is that; look at the labels afterwards"
+    )
+
+
+def test_utf_8_is_named_where_another_encoding_was_asked_for(tmp_path: Path) -> None:
+    path = csv(tmp_path, "label,text", "政治,总统", "体育,球队")
+    assert "data.encoding=utf-8 " in refuse(texts.recipe(path, "data.encoding=ascii"), "not ascii").remedy
+
+
+def unspaced(folder: Path, *overrides: str) -> Recipe:
+    """Chinese headlines as the recipe `texts` takes them."""
+    path = texts.write_csv(folder / "chinese.csv", texts.chinese())
+    return load_recipe("texts", [f"data.root={path}", "data.validation=0.3", *overrides])
+
+
+def test_words_of_texts_without_spaces_are_told_to_be_characters(tmp_path: Path) -> None:
+    remedy = refuse(unspaced(tmp_path), "no term is in 2 training texts").remedy
+    assert remedy == "--set 'text.word_ngrams=[]' --set 'text.char_ngrams=[1,2,3]': there are no spaces between words"
+    overrides = [part for part in shlex.split(remedy.partition("]':")[0] + "]'") if part != "--set"]
+    followed = prepare(unspaced(tmp_path, *overrides))
+    assert followed.notes.advice == ()
+    assert followed.text is not None
+    assert {" 前", " 前锋"} <= set(followed.text.vocabulary)
+
+
+def test_training_on_such_words_all_the_same_is_noted(tmp_path: Path) -> None:
+    noted = list(prepare(unspaced(tmp_path, "text.least_texts=1")).notes.lines())
+    assert noted == [
+        "most texts have no spaces between words: --set 'text.word_ngrams=[]' --set 'text.char_ngrams=[1,2,3]'"
+        " reads them by characters"
+    ]
+
+
+@pytest.mark.parametrize("text", ["总统 今天 访问 北京", "a few words and 北京 among them"])
+def test_texts_with_spaces_are_not(tmp_path: Path, text: str) -> None:
+    lines = [f"{'ab'[number % 2]},{text} {number}" for number in range(20)]
+    assert prepare(texts.recipe(csv(tmp_path, "label,text", *lines), "text.char_ngrams=[]")).notes.advice == ()
