@@ -49,7 +49,7 @@ test-fast: setup ## run the tests that need no server
 	$(PYTEST) tests/unit tests/property tests/archive
 
 .PHONY: bench
-bench: setup ## compare with other servers on this machine (45 minutes, nothing else running); DATA=CIFAR10_JPEGS
+bench: setup ## compare with other servers on this machine (45 minutes, nothing else running); DEVICE=cpu|gpu, DATA=CIFAR10_JPEGS
 	$(BIN)/python -m benchmarks --device $(if $(filter auto,$(DEVICE)),cpu,$(DEVICE)) $(if $(DATA),--data-root $(DATA))
 
 .PHONY: chaos

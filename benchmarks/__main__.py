@@ -28,7 +28,7 @@ from marina.errors import ArchiveError
 from marina.home import find_home
 from marina.screen import Screen
 
-RUNGS = {"cpu": ("openvino-bf16", "openvino-int8"), "cuda": ("torch-bf16",)}
+RUNGS = {"cpu": ("openvino-bf16", "openvino-int8"), "cuda": ("torch-bf16", "aoti-bf16")}
 """Beside the plain float32 weights; slowest first: the last one that can be built is what peers get."""
 YARDSTICK = "cifar10_resnet18"
 """The model whose figures are promised."""
@@ -55,7 +55,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the figures as one JSO
 @app.command()
 def compare(
     artifact: Artifact = YARDSTICK,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda (also: gpu).")] = "cpu",
     profile: ProfileName = "standard",
     only: Only = "",
     rungs: Rungs = "",
@@ -69,8 +69,7 @@ def compare(
 ) -> None:
     """Measure."""
     screen = Screen(as_json)
-    if device not in RUNGS:
-        raise BenchmarkError(f"no device '{device}'", remedy=f"one of {', '.join(RUNGS)}")
+    device = find_device(device)
     chosen = _profile(profile)
     wanted = _systems(only)
     environments.ignore(cache.resolve())
@@ -123,6 +122,16 @@ def find_model(artifacts: Path, text: str) -> Path:
             remedy=f"train it, half an hour on two cores: marina train {YARDSTICK} (downloads CIFAR-10, or reads yours: "
             "--set data.root=cifar10-jpeg.zip)",
         ) from error
+
+
+def find_device(word: str) -> str:
+    """A key of RUNGS, which `make up` calls by another word. Raises BenchmarkError for none, and for a GPU without one."""
+    device = "cuda" if word == "gpu" else word
+    if device not in RUNGS:
+        raise BenchmarkError(f"no device '{word}'", remedy=f"one of {', '.join(RUNGS)}")
+    if device == "cuda" and not machine.gpus():
+        raise BenchmarkError("nvidia-smi lists no GPU on this machine", remedy="--device cpu")
+    return device
 
 
 def _profile(name: str) -> schedule.Profile:

@@ -60,7 +60,7 @@ def _changed(x_BCHW: Tensor, recipe: Augment, draws: Draws) -> Tensor:
         x_BCHW = _shift(x_BCHW, recipe.shift, draws)
     if recipe.flip:
         mirrored = draws.rand() < 0.5 if draws.mirrored is None else draws.mirrored
-        x_BCHW = torch.where(mirrored.to(x_BCHW.device).view(-1, 1, 1, 1), x_BCHW.flip(-1), x_BCHW)
+        x_BCHW = torch.where(mirrored.to(x_BCHW.device, non_blocking=True).view(-1, 1, 1, 1), x_BCHW.flip(-1), x_BCHW)
     if recipe.contrast or recipe.brightness:
         gain = 1 + _uniform(x_BCHW, recipe.contrast, draws)
         x_BCHW = x_BCHW * gain + _uniform(x_BCHW, recipe.brightness, draws)
@@ -86,8 +86,8 @@ def _turn_and_scale(x_BCHW: Tensor, recipe: Augment, draws: Draws) -> Tensor:
 def _shift(x_BCHW: Tensor, part: float, draws: Draws) -> Tensor:
     """Move by whole pixels, up to `part` of the side; the edge rows and columns are repeated."""
     height, width = x_BCHW.shape[-2:]
-    rows = _shifted(height, part, draws).to(x_BCHW.device)
-    columns = _shifted(width, part, draws).to(x_BCHW.device)
+    rows = _shifted(height, part, draws).to(x_BCHW.device, non_blocking=True)
+    columns = _shifted(width, part, draws).to(x_BCHW.device, non_blocking=True)
     images = torch.arange(len(x_BCHW), device=x_BCHW.device)
     return x_BCHW.permute(0, 2, 3, 1)[images.view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)].permute(
         0, 3, 1, 2
@@ -107,7 +107,7 @@ def _cutout(x_BCHW: Tensor, part: float, draws: Draws) -> Tensor:
     inside_rows = _window(height, part, draws)
     inside_columns = _window(width, part, draws)
     hole = (inside_rows.unsqueeze(2) & inside_columns.unsqueeze(1)).unsqueeze(1)
-    return x_BCHW.masked_fill(hole.to(x_BCHW.device), 0.0)
+    return x_BCHW.masked_fill(hole.to(x_BCHW.device, non_blocking=True), 0.0)
 
 
 def _window(side: int, part: float, draws: Draws) -> Tensor:
@@ -119,4 +119,4 @@ def _window(side: int, part: float, draws: Draws) -> Tensor:
 def _uniform(x_BCHW: Tensor, most: float, draws: Draws) -> Tensor:
     """One number per image in [-most, most], `[B, 1, 1, 1]` on the batch's device."""
     drawn = (draws.rand() * 2 - 1) * most
-    return drawn.to(x_BCHW.device).view(-1, 1, 1, 1)
+    return drawn.to(x_BCHW.device, non_blocking=True).view(-1, 1, 1, 1)

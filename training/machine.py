@@ -7,9 +7,12 @@ import ctypes
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from handlerlib import engines
 from training.config import Train
 from training.errors import RecipeError
 
@@ -62,17 +65,47 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device. A GPU fetches it from pinned memory, so that nothing waits for the work that it still has."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """float32 as workers and golden answers have it, see `engines.use_float32`; as before afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends  # torch's annotations know none of these
+    conv, rnn, matmul = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+    before = [one.fp32_precision for one in (conv, rnn, matmul)]
+    engines.use_float32(device)
+    try:
+        yield
+    finally:
+        backends.cudnn.allow_tf32 = before[0] == "tf32"
+        conv.fp32_precision, rnn.fp32_precision, matmul.fp32_precision = before
+
+
 @contextlib.contextmanager
 def reproducible(threads: int) -> Iterator[None]:
-    """Deterministic algorithms, a fixed number of threads and private random state; all as before afterwards."""
+    """Deterministic algorithms, float32 that is float32, a fixed number of threads and private random state; all as
+    before afterwards.
+
+    float32 is exact in training too, and not only where answers are judged: recipes that want a GPU's speed say bf16,
+    which this leaves alone.
+    """
     # Read when CUDA starts; without it cuBLAS may sum in another order each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Only the one that is used: torch's default would start every GPU of the machine.
+    private = [torch.cuda.current_device()] if device.type == "cuda" else []
     threads_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with exact(device), torch.random.fork_rng(private), warnings.catch_warnings():
             # Some GPU kernels have no deterministic form; we take what there is.
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
             yield

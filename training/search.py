@@ -307,7 +307,7 @@ def _in_processes(folder: Path, recipe: Recipe, trials: int, prune: bool, jobs: 
         place = Path(name)
         (place / _JOB_FILE).write_text(json.dumps(job), encoding="utf-8")
         told = {one.number for one in study.get_trials(deepcopy=False) if one.state.is_finished()}
-        workers = [_worker(folder, place) for _ in range(jobs)]
+        workers = {number: _worker(folder, place, number) for number in range(jobs)}
         deaths = 0
         try:
             while workers:
@@ -317,29 +317,42 @@ def _in_processes(folder: Path, recipe: Recipe, trials: int, prune: bool, jobs: 
                         told.add(one.number)
                         report(Step("search", 0, 0, _sentence(study, one.number, recipe)))
                 report(Step("search", min(len(told), trials), trials, ""))
-                ended = [one for one in workers if one.poll() is not None]
-                workers = [one for one in workers if one not in ended]
-                for worker in ended:
+                ended = {number: one for number, one in workers.items() if one.poll() is not None}
+                for number, worker in ended.items():
+                    del workers[number]
                     _stop(worker)
                 for path in sorted(place.glob("error-*.json")):
                     raise relay.error_of(json.loads(path.read_text(encoding="utf-8")))
-                died = [one for one in ended if one.returncode != 0]
+                died = [number for number, one in ended.items() if one.returncode != 0]
                 deaths += len(died)
                 if deaths > _MOST_DEATHS:
                     raise ProcessDied(_MOST_DEATHS, (place / _LOG_FILE).read_text(encoding="utf-8", errors="replace"))
-                workers += [_worker(folder, place) for _ in died]
+                workers |= {number: _worker(folder, place, number) for number in died}
         finally:
             # The end of its input stops a worker as Ctrl-C does.
-            for worker in workers:
+            for worker in workers.values():
                 _stop(worker)
-            for worker in workers:
+            for worker in workers.values():
                 _end(worker)
 
 
-def _worker(folder: Path, place: Path) -> subprocess.Popen[bytes]:
+def one_gpu(number: int, count: int, visible: str | None) -> dict[str, str]:
+    """The environment in which process `number` sees one of `count` GPUs, each in its turn; empty with fewer than two.
+
+    `visible` is CUDA_VISIBLE_DEVICES here, whose names, numbers or UUIDs, are passed on.
+    """
+    if count < 2:
+        return {}
+    names = visible.split(",")[:count] if visible else [str(one) for one in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[number % len(names)].strip()}
+
+
+def _worker(folder: Path, place: Path, number: int) -> subprocess.Popen[bytes]:
     paths = [str(Path(package.__file__ or "").parents[1]) for package in (handlerlib, data)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {
+        **os.environ,
+        **one_gpu(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")),
+        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     with (place / _LOG_FILE).open("ab") as log:
         # A session of its own: Ctrl-C is passed on from here, once. Its standard input ends when this process does.

@@ -29,7 +29,7 @@ from training.errors import Interrupted, NumericFailure
 from training.evaluate import batch_size
 from training.learner import Learner
 from training.losses import Loss
-from training.machine import choose_device, choose_threads, keep_memory, reproducible
+from training.machine import choose_device, choose_threads, keep_memory, moved, reproducible
 from training.networks import architecture, start_network
 from training.progress import Report, Step
 from training.schedules import Position
@@ -139,7 +139,7 @@ def _train_step(
         mirrored = alternating(rows[part], len(dataset.targets_N), recipe.seed, now.epoch)
     drawn = Draws(generator(recipe.seed, "augment", now.epoch, now.step), len(rows), part, mirrored)
     x_BCHW = augment(x_BCHW, recipe.augment, drawn)
-    targets_B = dataset.targets_N[rows[part]].to(pupil.device)
+    targets_B = moved(dataset.targets_N[rows[part]], pupil.device)
     # Dropout and stochastic depth draw from torch's own generator, in each process other masks.
     torch.manual_seed(derive(recipe.seed, "network", now.epoch, now.step, *([group.rank] if group.rank else [])))
     stages.enter(pupil.network, phase.stage.freeze)
@@ -230,7 +230,7 @@ def _validate(
         x_BCHW = dataset.input(part, size, pupil.device)
         with pupil.precise():
             logits_BK = network(pupil.input(x_BCHW)).float()
-        judged.add(logits_BK, dataset.targets_N[part].to(pupil.device))
+        judged.add(logits_BK, moved(dataset.targets_N[part], pupil.device))
     return judged.record(group)
 
 

@@ -61,6 +61,11 @@ def names() -> tuple[str, ...]:
     return (*_OWN, *models.list_models(module=models))
 
 
+def own_names() -> tuple[str, ...]:
+    """Those for images that are ours."""
+    return tuple(_OWN)
+
+
 def text_names() -> tuple[str, ...]:
     """Every name that `build` knows for texts."""
     return tuple(_TEXT)

@@ -173,7 +173,8 @@ def warm_up(
         if time.monotonic() > deadline:
             logger.warning("warm-up stopped after %.0f s, batch sizes not run: %s", budget, pending[len(done) :])
             break
-        x_BCHW = torch.zeros(size, shape.channels, shape.height, shape.width, dtype=torch.uint8)
+        # In memory as `imaging.stack` lays a batch out: kernels are chosen by that too.
+        x_BCHW = torch.zeros(size, shape.height, shape.width, shape.channels, dtype=torch.uint8).permute(0, 3, 1, 2)
         for count in threads:
             model.probabilities(x_BCHW, count)
         done.append(size)

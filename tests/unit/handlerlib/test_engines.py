@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handlerlib import engines, imaging, loading, telemetry
@@ -240,6 +241,64 @@ def test_float32_on_a_gpu_is_float32(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.stdout.split() == ["ieee", "ieee", "False"], done.stderr
+
+
+class Noted(TorchDispatchMode):
+    """What torch is asked to do: the operation, its first tensor's type, and whether it may go on meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor):
+            self.seen.append((func.overloadpacket.__name__, args[0].dtype, bool(options.get("non_blocking"))))
+        return func(*args, **options)
+
+
+@pytest.mark.parametrize("kind", ["plain", "torch"])
+def test_bytes_are_moved_without_waiting_and_normalised_where_the_network_is(int8: Path, kind: str) -> None:
+    """On a device that computes nothing, and from which no answer comes back."""
+    spec, meta = ModelSpec.load(int8), torch.device("meta")
+    network = loading.read_network(int8, spec).to(meta)
+    engine: loading.Engine = engines.PlainEngine(network, spec.preprocess, meta)
+    if kind == "torch":
+        engine = engines.TorchEngine(network, spec.preprocess, meta, precision="fp32", options=TorchOptions())
+    x_BCHW = imaging.stack(list(photos(2)))
+    imaging.normalise(x_BCHW.to(meta), spec.preprocess)  # mean and deviation are there from the second batch on
+    with pytest.raises(RuntimeError, match="meta"), Noted() as noted:
+        engine(x_BCHW, 1)
+    assert noted.seen[:4] == [
+        ("to", torch.uint8, True),
+        ("to", torch.uint8, False),
+        ("sub_", torch.float32, False),
+        ("div_", torch.float32, False),
+    ]
+
+
+def test_plain_weights_lie_on_a_gpu_as_its_batches_do(int8: Path) -> None:
+    spec = ModelSpec.load(int8)
+    for device, layout in ((CPU, torch.contiguous_format), (torch.device("cuda"), torch.channels_last)):
+        network = loading.read_network(int8, spec)
+        engines.plain_engine(network, spec, device)
+        wide = [one for one in network.parameters() if one.ndim == 4 and one.shape[1] > 1 and one.shape[-1] > 1]
+        assert wide
+        assert all(one.is_contiguous(memory_format=layout) for one in wide)
+
+
+def test_a_warm_up_looks_like_a_batch_of_photos(int8: Path) -> None:
+    model = loading.load(int8, CPU)
+    seen: list[torch.Tensor] = []
+
+    def note(x_BCHW: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        seen.append(x_BCHW)
+        return answers
+
+    model.engine = Odd(model.engine, note)
+    loading.warm_up(model, [3])
+    batch = imaging.stack(list(photos(3)))
+    assert [(one.shape, one.stride(), one.dtype) for one in seen] == [(batch.shape, batch.stride(), batch.dtype)]
 
 
 class Odd:

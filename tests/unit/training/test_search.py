@@ -128,7 +128,9 @@ def test_interrupted_it_goes_on_with_the_same_trials(found: Found, recipe: Recip
 def test_processes_share_a_study_and_a_killed_one_is_made_good(recipe: Recipe, tmp_path: Path) -> None:
     home = commands.project(tmp_path / "home")
     words = ["search", "digits", "--trials", "4", "--jobs", "2", "--json"]
-    words += [word for setting in (*SMALL, "train.epochs=80") for word in ("--set", setting)]
+    # With a checkpoint from the first steps on, the kill comes long before any trial ends.
+    long = (*SMALL, "train.epochs=80", "train.checkpoint_minutes=0.001")
+    words += [word for setting in long for word in ("--set", setting)]
     words += [word for one in SPACE for word in ("--space", one)]
     command = [sys.executable, "-m", "marina", *words]
     process = subprocess.Popen(
@@ -162,6 +164,21 @@ def children_of(folder: Path) -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "seen"),
+    [
+        (0, None, [None, None, None]),
+        (1, "1", [None, None, None]),
+        (2, None, ["0", "1", "0"]),
+        (2, "3, GPU-5e1d", ["3", "GPU-5e1d", "3"]),
+        (2, "2,3,99", ["2", "3", "2"]),  # CUDA sees those before the first that is not there
+    ],
+)
+def test_processes_take_the_gpus_in_turn(count: int, visible: str | None, seen: list[str | None]) -> None:
+    given = [search.one_gpu(number, count, visible) for number in range(3)]
+    assert [one.get("CUDA_VISIBLE_DEVICES") for one in given] == seen
 
 
 def test_a_trial_that_runs_away_is_told_and_passed_over(tmp_path: Path) -> None:
