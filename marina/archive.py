@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import reprlib
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,8 @@ SCHEMA_VERSION = 1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What torch-model-archiver accepts, so that the name also is a safe file name and URL segment."""
 VERSION_PATTERN = re.compile(r"[0-9]+(\.[0-9]+)*")
+MOST_CHARACTERS = 100
+"""Of a name and of a version: a file is named after both, and a file system takes 255 bytes."""
 RESERVED_NAMES = frozenset(
     [
         "arg_parser",
@@ -125,6 +128,20 @@ def pack(artifact: Path, *, handlers: Path, destination: Path) -> Archive:
     return Archive(target, spec.name, spec.version, digest, size)
 
 
+def require_key(name: str, version: str) -> None:
+    """Raises ArchiveError when an archive of this name and version cannot be filed."""
+    if not NAME_PATTERN.fullmatch(name) or len(name) > MOST_CHARACTERS:
+        raise ArchiveError(
+            f"model name {reprlib.repr(name)} must match {NAME_PATTERN.pattern}, with at most {MOST_CHARACTERS} characters",
+            remedy="train with --set name=...",
+        )
+    if not VERSION_PATTERN.fullmatch(version) or len(version) > MOST_CHARACTERS:
+        raise ArchiveError(
+            f"version {reprlib.repr(version)} must be a dotted number of at most {MOST_CHARACTERS} characters",
+            remedy="train with --set version=1.0",
+        )
+
+
 def write_canonical(root: Path, target: Path) -> None:
     """The files below `root` as a zip whose bytes depend on their names and contents alone."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
@@ -173,12 +190,7 @@ def _read_artifact(artifact: Path) -> ModelSpec:
         spec = ModelSpec.load(artifact)
     except SpecError as error:
         raise ArchiveError(f"artifact {artifact}: {error}", remedy="export the run again: marina export RUN") from error
-    if not NAME_PATTERN.fullmatch(spec.name):
-        raise ArchiveError(
-            f"model name '{spec.name}' must match {NAME_PATTERN.pattern}", remedy="train with --set name=..."
-        )
-    if not VERSION_PATTERN.fullmatch(spec.version):
-        raise ArchiveError(f"version '{spec.version}' must be a dotted number", remedy="train with --set version=1.0")
+    require_key(spec.name, spec.version)
     for sample in spec.golden.samples:
         parts = PurePosixPath(sample.file).parts
         if len(parts) != 2 or parts[0] != GOLDEN_FOLDER or not (artifact / sample.file).is_file():
@@ -212,7 +224,11 @@ def _entry_files(spec: ModelSpec, artifact: Path, handlers: Path) -> tuple[Path,
             )
     own = artifact / model_config.CONFIG_FILE
     config = own if own.is_file() else config
-    model_config.read(config.read_text(encoding="utf-8"))
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArchiveError(f"{config} cannot be read: {error}", remedy="mend the file, or remove it") from error
+    model_config.read(text)
     return entry, config
 
 
@@ -274,8 +290,17 @@ def _write_build_record(root: Path, spec: ModelSpec) -> None:
             "marina": marina.__version__,
             "torch-model-archiver": importlib.metadata.version("torch-model-archiver"),
         },
-        "metrics": json.loads((root / METRICS_FILE).read_text(encoding="utf-8")),
-        "provenance": json.loads((root / PROVENANCE_FILE).read_text(encoding="utf-8")),
+        "metrics": _read_json(root / METRICS_FILE),
+        "provenance": _read_json(root / PROVENANCE_FILE),
         "files": files,
     }
     (root / BUILD_FILE).write_bytes(encode_build_record(record))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(
+            f"{path.name} is not JSON: {error}", remedy="export the run again: marina export RUN"
+        ) from error

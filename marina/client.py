@@ -354,6 +354,8 @@ class _Http:
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=64))
         if key is not None:
             self._session.headers["Authorization"] = f"Bearer {key}"
+            # Where a session has no auth, requests puts what ~/.netrc has for the host in the place of this header.
+            self._session.auth = lambda request: request
 
     def request(
         self, method: str, path: str, *, pure: bool, read_timeout: float | None = None, **arguments: Any

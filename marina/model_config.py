@@ -6,6 +6,7 @@ packed or served. Sources: ModelConfig.java, ModelManager.java and Model.java of
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ _POSITIVE = (
     "jobQueueSize",
     "maxRetryTimeoutInSec",
 )
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3  # YAML's aliases make a few lines a list without an end
 _REMEDY = f"see the comments in handlers/*.yaml, the source of {CONFIG_FILE}"
 
 
@@ -62,10 +65,13 @@ def read(text: str) -> dict[str, Any]:
 def check(text: str) -> Iterator[ConfigFinding]:
     """Everything wrong with the text of a `model-config.yaml`, in the order a reader would meet it."""
     try:
-        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+        yield from _findings(yaml.load(text, _UniqueKeyLoader))  # noqa: S506 - a SafeLoader
+    # A date that is none, an unhashable key, a number of thousands of digits, a thousand brackets.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         yield ConfigFinding(f"is not valid YAML: {' '.join(str(error).split())}", "mend the file named in the message")
-        return
+
+
+def _findings(values: object) -> Iterator[ConfigFinding]:
     if not isinstance(values, Mapping):
         yield ConfigFinding("must be a mapping of keys to values", _REMEDY)
         return
@@ -93,7 +99,7 @@ def _numbers(values: Mapping[Any, Any]) -> Iterator[ConfigFinding]:
         elif type(values[key]) is not int or values[key] < 1:
             why = "; 0 means 'unset', which is 100 ms" if key == "maxBatchDelay" else ""
             yield ConfigFinding(
-                f"{key} must be a whole number of at least 1, got {values[key]!r}{why}", f"correct {key}"
+                f"{key} must be a whole number of at least 1, got {_SHORT.repr(values[key])}{why}", f"correct {key}"
             )
     low, high = values.get("minWorkers"), values.get("maxWorkers")
     if isinstance(low, int) and isinstance(high, int) and high < low:
@@ -102,10 +108,12 @@ def _numbers(values: Mapping[Any, Any]) -> Iterator[ConfigFinding]:
 
 def _devices(values: Mapping[Any, Any]) -> Iterator[ConfigFinding]:
     if values.get("deviceType", "gpu") not in ("cpu", "gpu"):
-        yield ConfigFinding(f"deviceType must be cpu or gpu, got {values['deviceType']!r}", "correct deviceType")
+        got = _SHORT.repr(values["deviceType"])
+        yield ConfigFinding(f"deviceType must be cpu or gpu, got {got}", "correct deviceType")
     ids = values.get("deviceIds", [])
     if not isinstance(ids, list) or any(type(item) is not int or item < 0 for item in ids):
-        yield ConfigFinding(f"deviceIds must be a list of GPU numbers, got {ids!r}", "correct deviceIds, e.g. [0, 1]")
+        got = _SHORT.repr(ids)
+        yield ConfigFinding(f"deviceIds must be a list of GPU numbers, got {got}", "correct deviceIds, e.g. [0, 1]")
 
 
 _KNOWN = (*_POSITIVE, "deviceType", "deviceIds")

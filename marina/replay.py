@@ -61,8 +61,11 @@ def load(model_dir: Path, handler: str, batch_size: int) -> Any:
 
 
 def engine(service: Any) -> dict[str, Any]:
-    """Which engine the worker chose, and why not the packed one."""
-    serving = service._entry_point.__self__.model.serving
+    """Which engine the worker chose, and why not the packed one. Archives from before there were engines do not say."""
+    worker = getattr(service._entry_point, "__self__", None)
+    serving = getattr(getattr(worker, "model", None), "serving", None)
+    if serving is None:
+        return {"engine": "plain", "reason": None, "fallback": ""}
     return {"engine": serving.engine, "reason": serving.fallback, "fallback": serving.detail}
 
 

@@ -22,7 +22,11 @@ INDEX_FILE = "index.json"
 
 
 def publish(store: Path, packed: Archive) -> None:
-    """Record an archive that lies in the store. Several processes may publish at once."""
+    """Record an archive that lies in the store. Several processes may publish at once.
+
+    Raises ArchiveError for a name or a version with which no index could be read again.
+    """
+    archive.require_key(packed.name, packed.version)
     with _locked(store):
         index = read_index(store)
         index["archives"][packed.path.name] = {

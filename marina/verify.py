@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,11 +113,25 @@ class Subject:
             raw = (self.root / BUILD_FILE).read_bytes()
             record: dict[str, Any] = json.loads(raw)
             whole = archive.encode_build_record(record) == raw
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ArchiveError(f"{BUILD_FILE} is missing or damaged", remedy=_ARCHIVED) from error
-        if not whole or not isinstance(record.get("files"), dict):
+        if not whole:
             raise ArchiveError(f"{BUILD_FILE} was changed: its own digest does not match", remedy=_ARCHIVED)
+        files = record.get("files")
+        if not isinstance(files, dict) or not all(isinstance(one, dict) for one in files.values()):
+            raise ArchiveError(f"{BUILD_FILE} does not list the files of the archive", remedy=_ARCHIVED)
         return record
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What TorchServe reads of the model. Raises ArchiveError when it is absent or damaged."""
+        try:
+            model = json.loads((self.root / MANIFEST_FILE).read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ArchiveError(f"{MANIFEST_FILE} is missing or damaged", remedy=_ARCHIVED) from error
+        if not isinstance(model, dict):
+            raise ArchiveError(f"{MANIFEST_FILE} is damaged: its model is no object", remedy=_ARCHIVED)
+        return model
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -169,16 +184,18 @@ def inspect(path: Path) -> dict[str, Any]:
     """What is inside, from the file alone: nothing is unpacked to disk or run. Raises ArchiveError."""
     try:
         with zipfile.ZipFile(path) as packed:
-            record = json.loads(packed.read(BUILD_FILE))
-            manifest = json.loads(packed.read(MANIFEST_FILE))
+            record = _object(packed, BUILD_FILE, "metrics", "provenance", "built_with")
+            manifest = _object(packed, MANIFEST_FILE)
             spec = ModelSpec.from_json(packed.read(SPEC_FILE).decode())
             config = packed.read(model_config.CONFIG_FILE).decode()
             card = packed.read(CARD_FILE).decode()
-            engine = json.loads(packed.read(ENGINE_FILE)) if ENGINE_FILE in packed.namelist() else None
+            engine = None
+            if ENGINE_FILE in packed.namelist():
+                engine = json.loads(EngineSpec.from_json(packed.read(ENGINE_FILE).decode()).to_json())
             files = {info.filename: info.file_size for info in packed.infolist()}
     except FileNotFoundError:
         raise ArchiveError(f"there is no archive {path}", remedy="pack one: marina pack ARTIFACT") from None
-    except (zipfile.BadZipFile, OSError, KeyError, ValueError, SpecError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, RuntimeError, SpecError) as error:
         raise ArchiveError(f"{path} is not an archive of Marina's: {error}", remedy=_ARCHIVED) from error
     return {
         "archive": str(path),
@@ -194,6 +211,14 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
+def _object(packed: zipfile.ZipFile, name: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with at least `keys`. Raises ValueError."""
+    found = json.loads(packed.read(name))
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise ValueError(f"{name} is not an object" + (f" with {', '.join(keys)}" if keys else ""))
+    return found
+
+
 def identify(path: Path, report: Report) -> Archive:
     """What a verified file is, for the store's index."""
     found = inspect(path)
@@ -206,6 +231,8 @@ def _run(check: Check, subject: Subject) -> Outcome:
         said = tuple(check.run(subject))
     except (ArchiveError, SpecError) as error:
         said = (Finding(str(error), subject.path.name, error.remedy or _ARCHIVED),)
+    except Exception as error:  # noqa: BLE001 - whatever a stranger's file brings about speaks against the file
+        said = (Finding(f"the check failed with {type(error).__name__}: {error}", subject.path.name, _ARCHIVED),)
     findings = tuple(one for one in said if isinstance(one, Finding))
     notes = tuple(one for one in said if isinstance(one, str))
     return Outcome(check.name, findings, time.perf_counter() - started, notes=notes)
@@ -231,7 +258,12 @@ def zip_safety(subject: Subject) -> Iterator[Finding]:
             yield Finding("the entry is encrypted", name, remedy)
         elif info.compress_type != zipfile.ZIP_STORED:
             yield Finding("the entry is compressed; Marina stores archives uncompressed", name, remedy)
+        elif info.compress_size != info.file_size:
+            yield Finding("the entry has two sizes; what is stored has one", name, remedy)
         seen.add(name)
+    size, unpacked = subject.path.stat().st_size, sum(info.file_size for info in subject.entries)
+    if unpacked > size:
+        yield Finding(f"{size} bytes unpack to {unpacked}: entries overlap", subject.path.name, remedy)
 
 
 def digests(subject: Subject) -> Iterator[Finding]:
@@ -253,7 +285,8 @@ def digests(subject: Subject) -> Iterator[Finding]:
 
 
 def names(subject: Subject) -> Iterator[Finding]:
-    """Nothing that TorchServe's modules would hide, nothing unpickled, nothing installed at start."""
+    """Nothing that TorchServe's modules would hide, nothing unpickled, nothing installed at start; a name and a version
+    that a store can hold."""
     tops = {PurePosixPath(name).parts[0] for name in archive.file_names(subject.root)}
     for top in sorted(tops):
         if top.removesuffix(".py") in archive.RESERVED_NAMES:
@@ -261,9 +294,14 @@ def names(subject: Subject) -> Iterator[Finding]:
     for name in archive.file_names(subject.root):
         if name.endswith(_PICKLES):
             yield Finding("a format that runs code when it is read", name, "store weights as safetensors")
-    model = json.loads((subject.root / MANIFEST_FILE).read_text(encoding="utf-8")).get("model", {})
+    model = subject.manifest
     if "requirementsFile" in model:
-        yield Finding("packages would be installed at start", model["requirementsFile"], "bake packages into the image")
+        where = str(model["requirementsFile"])
+        yield Finding("packages would be installed at start", where, "bake packages into the image")
+    try:
+        archive.require_key(subject.spec.name, subject.spec.version)
+    except ArchiveError as error:
+        yield Finding(str(error), SPEC_FILE, error.remedy)
     if (model.get("modelName"), model.get("modelVersion")) != (subject.spec.name, subject.spec.version):
         yield Finding(f"manifest and {SPEC_FILE} disagree on name or version", MANIFEST_FILE, _ARCHIVED)
 

@@ -397,16 +397,23 @@ def closest(word: str, known: typing.Iterable[str]) -> str:
 def parse(kind: type[_T], text: str, file: str) -> _T:
     """The text of `file` -> the frozen dataclass `kind`: nothing unknown, nothing missing. Raises SpecError."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        return typing.cast(_T, _build(kind, json.loads(text), "", file))
+    # A number of thousands of digits and a thousand brackets are JSON, and more than Python reads.
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{file} is not JSON: {error}") from error
-    return typing.cast(_T, _build(kind, value, "", file))
 
 
 def require(condition: bool, where: str, expected: str, got: object) -> None:
     """Raise SpecError "`where` must be `expected`" unless `condition` holds."""
     if not condition:
         raise SpecError(f"{where} must be {expected}, got {got!r}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
 
 
 def _ascending(lengths: tuple[int, ...]) -> bool:
@@ -432,7 +439,7 @@ def _build(kind: Any, value: Any, where: str, file: str) -> Any:
         return None if value is None else _build(inner, value, where, file)
     if kind is float:
         require(isinstance(value, int | float) and not isinstance(value, bool), where, "a number", value)
-        require(math.isfinite(value), where, "finite", value)
+        require(_is_finite(value), where, "finite", value)
         return float(value)
     require(type(value) is kind, where, f"of type {kind.__name__}", value)
     return value

@@ -10,7 +10,7 @@ import pytest
 
 from marina import store
 from marina.archive import Archive
-from marina.errors import StoreError
+from marina.errors import ArchiveError, StoreError
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_changed_unknown_and_damaged(filled: Path) -> None:
     (filled / "index.json").write_text(json.dumps({"archives": {"a": {}}}))
     with pytest.raises(StoreError, match=r"index\.json is damaged"):
         store.archives(filled)
+
+
+@pytest.mark.parametrize("changes", [{"version": "v1"}, {"version": "1" * 5000}, {"name": "../x"}])
+def test_what_would_make_the_index_unreadable_is_not_published(
+    filled: Path, packed: Archive, changes: dict[str, str]
+) -> None:
+    before = (filled / "index.json").read_bytes()
+    with pytest.raises(ArchiveError, match="must"):
+        store.publish(filled, dataclasses.replace(packed, **changes))
+    assert (filled / "index.json").read_bytes() == before
 
 
 def _publish_many(folder: Path, packed: Archive, first: int) -> None:

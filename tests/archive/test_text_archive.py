@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from marina import archive, load_payloads, verify
+from marina import archive, archive_cli, load_payloads, verify
 from marina.archive import Archive
 from support import texts
 from training.compress import search
@@ -28,6 +28,11 @@ def text_archive(trained: Path, handlers: Path) -> Archive:
 def test_it_passes_every_check(text_archive: Archive) -> None:
     report = verify.verify(text_archive.path)
     assert report.passed, report.findings
+
+
+def test_inspect_shows_how_texts_are_read(text_archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    archive_cli.inspect(str(text_archive.path))
+    assert '"buckets": 4096' in " ".join(capsys.readouterr().out.split())
 
 
 def test_golden_samples_are_texts_and_the_card_tells_of_texts(text_archive: Archive) -> None:

@@ -192,12 +192,9 @@ def test_a_handler_that_lets_a_poison_sink_the_batch(packed: Archive, tmp_path: 
     def change(root: Path) -> None:
         worker = root / "handlerlib" / "worker.py"
         source = worker.read_text()
-        assert "            return error\n        except MemoryError" in source
-        worker.write_text(
-            source.replace(
-                "            return error\n        except MemoryError", "            raise\n        except MemoryError"
-            )
-        )
+        answered = "return self.decode(data)\n        except RequestError as error:\n            "
+        assert answered + "return error" in source
+        worker.write_text(source.replace(answered + "return error", answered + "raise"))
 
     found = findings(repack(packed, tmp_path, change, honest=True))
     assert "UnsupportedMedia" in found["golden samples"]

@@ -39,6 +39,7 @@ def test_text_and_value_are_the_same_thing(spec: ModelSpec) -> None:
         ("preprocess.std", [0.1, 0.0, 0.1], "preprocess.std must be positive"),
         ("preprocess.resize", "squash", "preprocess.resize must be one of"),
         ("preprocess.mean", [0.5, float("nan"), 0.5], r"preprocess.mean\[1\] must be finite"),
+        ("preprocess.std", [0.1, 10**400, 0.1], r"preprocess.std\[1\] must be finite"),
         ("architecture.channels", 4, "architecture.channels must be 1 or 3"),
         ("architecture.channels", True, "architecture.channels must be of type int"),
         ("labels", ["a", "a", "b"], "labels must be distinct"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +127,24 @@ class TestPredict:
         with InferenceClient(backend.url, key="k-1") as found:
             found.predict("m", b"x")
         assert backend.seen[0][2]["Authorization"] == "Bearer k-1"
+
+    @pytest.mark.parametrize("proxied", [False, True])
+    def test_netrc_does_not_take_the_place_of_the_key(
+        self, backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxied: bool
+    ) -> None:
+        (tmp_path / "netrc").write_text("default login me password secret\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        if proxied:
+            monkeypatch.setenv("http_proxy", backend.url)
+        # To connect to 0.0.0.0 is to connect to this machine, and it is no address of the loopback network.
+        url = "http://gateway.invalid" if proxied else backend.url.replace("127.0.0.1", "0.0.0.0")
+        with InferenceClient(url, key="k-1") as found:
+            found.predict("m", b"x")
+        _, path, headers, _ = backend.seen[0]
+        assert path == ("http://gateway.invalid" if proxied else "") + "/predictions/m"
+        assert headers["Authorization"] == "Bearer k-1"
 
 
 class TestErrors:

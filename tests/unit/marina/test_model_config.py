@@ -57,8 +57,26 @@ def test_traps(changes: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "a: b: c", "minWorkers: 1\nminWorkers: 2\n", "!!python/object:os.system {}"]
+    "text",
+    [
+        "",
+        "[]",
+        "a: b: c",
+        "minWorkers: 1\nminWorkers: 2\n",
+        "!!python/object:os.system {}",
+        "[a]: 1",
+        "minWorkers: 2020-13-45",
+        "a: " + "[" * 1500,
+        "minWorkers: " + "1" * 5000,
+        "deviceIds: [" + "0x" + "f" * 5000 + ", a]",
+    ],
 )
 def test_what_is_no_mapping(text: str) -> None:
     with pytest.raises(ArchiveError, match=r"model-config\.yaml"):
         model_config.read(text)
+
+
+def test_a_list_that_aliases_made_endless_is_not_printed() -> None:
+    levels = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    text = "\n".join([*levels, "deviceIds: *a11", "deviceType: *a11"])
+    assert sum(len(finding.message) for finding in model_config.check(text)) < 10_000
