@@ -12,7 +12,7 @@ import typer
 
 from marina import archive, store
 from marina import verify as verification
-from marina.errors import ArchiveError
+from marina.errors import ArchiveError, StoreError
 from marina.home import Home, find_home
 from marina.screen import Screen, shown
 
@@ -53,6 +53,8 @@ def verify(
     screen, home = Screen(as_json), find_home()
     path = _archive_path(home, mar)
     report = verification.verify(path, python=python)
+    if publish and report.passed:
+        store.publish(path.parent, verification.identify(path, report))
     screen.result({"archive": str(path), "sha256": report.sha256, "passed": report.passed} | _check_fields(report))
     _show_report(screen, report)
     if not report.passed:
@@ -62,8 +64,6 @@ def verify(
             remedy=report.findings[0].remedy,
         )
         screen.end_with(error)
-    if publish:
-        store.publish(path.parent, verification.identify(path, report))
 
 
 def inspect(
@@ -95,6 +95,8 @@ def _show_report(screen: Screen, report: verification.Report) -> None:
 
 def _show_archive(screen: Screen, found: dict[str, Any]) -> None:
     spec = found["spec"]
+    # A vocabulary has tens of thousands of terms.
+    how = spec.get("preprocess") or {key: value for key, value in spec["text"].items() if key != "vocabulary"}
     screen.table(
         ("", f"{spec['name']} {spec['version']}"),
         [
@@ -102,7 +104,7 @@ def _show_archive(screen: Screen, found: dict[str, Any]) -> None:
             ("sha256", found["sha256"]),
             ("handler", spec["handler"]),
             ("architecture", json.dumps(spec["architecture"])),
-            ("preprocess", json.dumps(spec["preprocess"])),
+            ("preprocess", json.dumps(how)),
             ("labels", ", ".join(spec["labels"])),
             ("limits", json.dumps(spec["limits"])),
             ("golden", f"{len(spec['golden']['samples'])} samples, tolerance {spec['golden']['tolerance']:g}"),
@@ -132,6 +134,13 @@ def _check_fields(report: verification.Report) -> dict[str, Any]:
 def _archive_path(home: Home, text: str) -> Path:
     """A file, or NAME[:VERSION] in the store. Raises ArchiveError."""
     path = Path(text)
-    if path.suffix == ".mar" or path.is_file():
+    if path.is_file() or (path.suffix == ".mar" and not path.is_dir()):
         return path
-    return store.select(home.store, [text])[0].path
+    try:
+        return store.select(home.store, [text])[0].path
+    except StoreError:
+        if not path.is_dir():
+            raise
+        raise ArchiveError(
+            f"{path} is a folder, not an archive", remedy=f"give a .mar file; an artifact's: marina pack {path}"
+        ) from None

@@ -58,10 +58,12 @@ def bench(
     arrivals: Annotated[
         Literal["constant", "poisson"], typer.Option(help="How an open loop spaces its requests.")
     ] = "constant",
-    duration: Annotated[float, typer.Option("--duration", "-d", help="Seconds measured, per scenario.")] = 20.0,
+    duration: Annotated[
+        float, typer.Option("--duration", "-d", min=0.1, help="Seconds measured, per scenario.")
+    ] = 20.0,
     warm_up: Annotated[str, typer.Option(help="Seconds, or auto: until throughput and latency are steady.")] = "auto",
-    warm_up_limit: Annotated[float, typer.Option(help="Seconds after which auto measures anyway.")] = 60.0,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 60.0,
+    warm_up_limit: Annotated[float, typer.Option(min=0, help="Seconds after which auto measures anyway.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a request has failed.")] = 60.0,
     body: Annotated[
         list[Path] | None, typer.Option("--body", "-b", help="A file, or a folder of files sent in turn; repeatable.")
     ] = None,
@@ -130,7 +132,7 @@ def ask_once(scenario: Scenario) -> None:
         )
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
-        trust = ssl.create_default_context(cafile=scenario.ca_file)
+        trust = _trusted(scenario.ca_file)
         if scenario.insecure:
             trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=scenario.timeout, context=trust)
@@ -158,6 +160,16 @@ def ask_once(scenario: Scenario) -> None:
         remedy = _REMEDIES.get(answer.status, "correct the request: --body, --header, --method")
         title = f"{scenario.url} refuses the first request with status {answer.status}"
         raise Refused(title, status=answer.status, detail=" ".join(text.split())[:200], remedy=remedy)
+
+
+def _trusted(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl's own errors are such, and name no file
+        raise ConfigError(
+            f"{ca_file} holds no certificates that can be read: {error.strerror or error}",
+            remedy="give --ca-file a PEM file with the authority's certificate",
+        ) from error
 
 
 _REMEDIES: Mapping[int, str] = {

@@ -69,9 +69,12 @@ def down(
     keep_data: Annotated[
         bool, typer.Option("--keep-data", help="Keep the volumes: metrics, dashboards' state.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Drain and stop the containers and leave nothing of them behind."""
-    compose.down(find_home(), keep_data=keep_data, environment=os.environ)
+    home = find_home()
+    compose.down(home, keep_data=keep_data, environment=os.environ)
+    Screen(as_json).result({"down": str(home.root), "data_kept": keep_data})
 
 
 def logs(

@@ -213,10 +213,7 @@ def create_keys(folder: Path, client: str = "first") -> Secrets:
     `folder` is closed to other users (0700), so that the files of the proxy, which runs as a user of its own inside
     the container, can be readable to it. Raises ConfigError when a key is there whose digest the proxy does not have.
     """
-    made = Secrets(key=folder / KEY_FILE, clients=folder / GATEWAY_FOLDER / CLIENTS_FILE)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    made.clients.parent.mkdir(mode=0o755, exist_ok=True)
-    made.clients.parent.chmod(0o755)
+    made = Secrets(key=folder / KEY_FILE, clients=prepare_folder(folder))
     if made.key.exists():
         digest = _digest(made.key.read_text("ascii").strip())
         if not any(entry.digest == digest for entry in read_clients(made.clients)):
@@ -227,6 +224,15 @@ def create_keys(folder: Path, client: str = "first") -> Secrets:
         return made
     _write(made.key, add_key(made.clients, client) + "\n", mode=0o600)
     return made
+
+
+def prepare_folder(folder: Path) -> Path:
+    """Make `folder` and the proxy's own folder in it, as `create_keys` says; returns where the clients file belongs."""
+    clients = folder / GATEWAY_FOLDER / CLIENTS_FILE
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    clients.parent.mkdir(mode=0o755, exist_ok=True)
+    clients.parent.chmod(0o755)
+    return clients
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,19 +282,23 @@ def add_key(clients: Path, client: str, *, expires_at: int | None = None) -> str
     return key
 
 
-def revoke_keys(clients: Path, client: str, *, keep: str | None = None) -> int:
-    """Take away the keys of `client` but `keep`; returns how many went. They stop working within about a second.
+def revoke_keys(clients: Path, client: str, *, keep: str | None = None, keep_newest: bool = False) -> int:
+    """Take away the keys of `client` but `keep`, or but the one added last; returns how many went. They stop working
+    within about a second.
 
     Raises ConfigError when the client has no such key, because a revocation that does nothing is a mistake.
     """
     with _locked(clients):
         before = read_clients(clients)
         spared = _digest(keep) if keep is not None else ""
+        if keep_newest:
+            spared = next((entry.digest for entry in reversed(before) if entry.client == client), "")
         after = tuple(entry for entry in before if entry.client != client or entry.digest == spared)
         if len(after) == len(before):
-            known = sorted({entry.client for entry in before})
+            known = ", ".join(sorted({entry.client for entry in before})) or "none"
+            other = " but its newest" if spared else ""
             raise ConfigError(
-                f"client {client!r} has no key to revoke in {clients}", remedy=f"known clients: {', '.join(known)}"
+                f"client {client!r} has no key{other} to revoke in {clients}", remedy=f"known clients: {known}"
             )
         _write_clients(clients, after)
     return len(before) - len(after)
@@ -511,7 +521,7 @@ def _alert(text: str) -> str:
 
 def _remedy(text: str) -> str:
     if "clients file" in text:
-        return "make the keys first: create_keys(), or point GATEWAY_CLIENTS to the file"
+        return "make a key first: marina key add CLIENT; or point GATEWAY_CLIENTS to the file"
     return "correct the setting that the message names"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from marina.engine import Engine
-from marina.errors import ServerError
+from marina.errors import ConfigError, ServerError
 
 DEBIAN_BASE = "debian:bookworm-slim"
 DEBIAN_IMAGES = Path("deploy") / "debian-images"
@@ -44,8 +44,11 @@ def provide(
 ) -> Provided:
     """Have the images of the `wanted` services (all without a profile when none are) but our own on the engine.
 
-    Raises ServerError for one that cannot be pulled and has no substitute.
+    Raises ConfigError for one that is not configured, ServerError for one that cannot be pulled and has no substitute.
     """
+    unknown = [name for name in wanted if name not in configured]
+    if unknown:
+        raise ConfigError(f"there is no service '{unknown[0]}'", remedy=f"services: {', '.join(configured)}")
     chosen = tuple(wanted) or tuple(name for name, service in configured.items() if not service.get("profiles"))
     services: list[str] = []
     variables: dict[str, str] = {}

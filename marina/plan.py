@@ -163,7 +163,8 @@ def read(path: Path) -> Desired:
         return parse(path.read_text(encoding="utf-8"), str(path), path.parent)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path} cannot be read: {error}", remedy=f"write one: see {__name__}'s description"
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
+            remedy="write one; README.md shows how: Scale with the load",
         ) from error
 
 

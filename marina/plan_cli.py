@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from marina.client import ModelStatus
 from marina.errors import ClientError, ConfigError, MarinaError
 from marina.home import find_home
 from marina.plan import PLAN_FILE, Desired, Difference, Host, ModelPlan
-from marina.reach import Reached, reach
+from marina.reach import Interface, Reached, reach
 from marina.rollout import Rollout, Step, Trial
 from marina.screen import Screen
 from marina.serving import Serving
@@ -328,11 +329,11 @@ def _found(key: str, values: list[Any], planned: _Planned) -> dict[str, Any]:
     return {key: values} | ({"left": planned.left} if planned.left else {})
 
 
-def _planned(name: str, desired: Desired) -> _Planned:
-    host = desired.hosts.get(name, Host())
+def _planned(name: str, desired: Desired, needs: Interface | None = None) -> _Planned:
+    host = _with_variables(desired.hosts.get(name, Host()))
     reached = reach(
         host.target, url=host.url, inference_url=host.inference_url, supervisor_url=host.supervisor_url,
-        store=host.store, gateway_folder=host.gateway_folder, gateway_log=host.gateway_log,
+        store=host.store, gateway_folder=host.gateway_folder, gateway_log=host.gateway_log, needs=needs,
     )  # fmt: skip
     seen = [replica.status() for replica in reached.replicas]
     planned = _Planned(reached, seen, serving.read(reached.store))
@@ -340,6 +341,15 @@ def _planned(name: str, desired: Desired) -> _Planned:
         _plan_model(planned, model, item)
     _plan_strangers(planned, desired.on(name))
     return planned
+
+
+def _with_variables(host: Host) -> Host:
+    """A host without an address has those of MARINA_MANAGEMENT_URL and MARINA_URL, as for every other command."""
+    if host.url or host.target == "compose":
+        return host
+    found = {"url": os.environ.get("MARINA_MANAGEMENT_URL"), "inference_url": os.environ.get("MARINA_URL")}
+    given = {"inference_url": host.inference_url} if host.inference_url else {}
+    return host.model_copy(update={key: value or None for key, value in found.items()} | given)
 
 
 def _plan_strangers(planned: _Planned, meant: Collection[str]) -> None:
@@ -396,12 +406,12 @@ def _apply(screen: Screen, desired: Desired, python: str, *, patient: bool = Fal
     """With `patient`, a host on which another rollout is at work is left alone."""
 
     def at_hand(name: str, wanted: Desired) -> dict[str, Any]:
-        planned = _planned(name, wanted)
+        planned = _planned(name, wanted, "inference")
         if patient and serving.in_progress(planned.reached.store):
             return {"actions": []}
         rollout = _rollout(screen, planned.reached, wanted, python)
         if rollout.recover():
-            planned = _planned(name, wanted)
+            planned = _planned(name, wanted, "inference")
         for model, tried in planned.models.items():
             _apply_model(rollout, planned.reached, model, wanted.models[model], tried=tried)
         for model in planned.strangers:

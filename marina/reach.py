@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 from marina import remote
 from marina.canary import FileLog, Front
@@ -15,6 +17,9 @@ from marina.home import find_home
 from marina.remote import ContainerReplica, Target
 from marina.replica import LocalReplica, Replica
 from marina.settings import OTHER_VARIABLES, ServeSettings
+
+Interface = Literal["inference", "supervisor"]
+"""What a command may need of a server beside its management address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +41,20 @@ def reach(
     store: Path | None = None,
     gateway_folder: Path | None = None,
     gateway_log: Path | None = None,
+    needs: Interface | None = None,
 ) -> Reached:
-    """An address that was given means that server, whatever else runs. Raises Unreachable when there is none."""
+    """An address that was given means that server, whatever else runs. Raises Unreachable when there is none, and
+    ConfigError when the command `needs` an address of a server of which only the management address was given."""
     home = find_home()
     folder = store or home.store
     settings = ServeSettings.load({"config": home.config}, os.environ, other_variables=OTHER_VARIABLES)
+    needs = None if target == "compose" else needs
     management_url = url or settings.url("management")
     local = LocalReplica(
         store=folder,
-        inference_url=inference_url or settings.url("inference"),
+        inference_url=address_of("inference", inference_url, url, settings, needed=needs == "inference"),
         management_url=management_url,
-        supervisor_url=supervisor_url or settings.url("supervisor"),
+        supervisor_url=address_of("supervisor", supervisor_url, url, settings, needed=needs == "supervisor"),
     )
     chosen: Target = "local" if target == "auto" and (url or supervisor_url) else target
     found = remote.find_replicas(chosen, local, management_url=management_url, project=home.root)
@@ -54,6 +62,35 @@ def reach(
     mounted = inside[0].store if inside and store is None else folder
     front = remote.find_front(home.root) if inside else _local_front(gateway_folder, gateway_log)
     return Reached(found, mounted, front)
+
+
+def address_of(
+    interface: Interface, given: str | None, management_url: str | None, settings: ServeSettings, *, needed: bool
+) -> str:
+    """Of the server at `management_url`: the usual ports belong to it only when that is the usual address too.
+
+    Empty when it is unknown and not `needed`: nobody is asked then, and no other server in its place. Raises ConfigError
+    when it is needed.
+    """
+    if given:
+        return given
+    if management_url is None or _same(management_url, settings.url("management")):
+        return settings.url(interface)
+    if needed:
+        raise ConfigError(
+            f"the {interface} address of the server at {management_url} is not known, and "
+            f"{settings.url(interface)} may be another server's",
+            remedy=f"give --{interface}-url too ({interface}_url in deploy.toml)",
+        )
+    return ""
+
+
+def _same(one: str, other: str) -> bool:
+    return _place(one) == _place(other)
+
+
+def _place(url: str) -> str:
+    return urlsplit(url).netloc.replace("localhost", "127.0.0.1")
 
 
 def _local_front(folder: Path | None, log: Path | None) -> Front | None:

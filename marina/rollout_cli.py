@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from marina.journal import Journal
 from marina.processes import interruptible
 from marina.reach import Reached, reach
 from marina.remote import Target
-from marina.replica import LocalReplica
+from marina.replica import LocalReplica, Replica
 from marina.rollout import Outcome, Rollout, Step, Trial
 from marina.screen import Screen
 from marina.settings import OTHER_VARIABLES, ServeSettings
@@ -106,7 +106,7 @@ def deploy(
     )
     reached = reach(
         target, url=url, inference_url=inference_url, supervisor_url=supervisor_url, store=store,
-        gateway_folder=gateway_folder, gateway_log=gateway_log,
+        gateway_folder=gateway_folder, gateway_log=gateway_log, needs="inference",
     )  # fmt: skip
     with _rolling(reached, as_json, python, trial) as rollout:
         path = Path(mar)
@@ -126,7 +126,9 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Go back to the version that was the default before: at once while it is loaded. A second rollback comes back."""
-    reached = reach(target, url=url, inference_url=inference_url, supervisor_url=supervisor_url, store=store)
+    reached = reach(
+        target, url=url, inference_url=inference_url, supervisor_url=supervisor_url, store=store, needs="inference"
+    )
     with _rolling(reached, as_json) as rollout:
         _done(rollout, as_json, rollout.rollback(name, retire=retire))
 
@@ -144,7 +146,9 @@ def recover(
 ) -> None:
     """Finish or take back a rollout that was killed. Every command that changes something does so first."""
     screen = Screen(as_json)
-    reached = reach(target, url=url, inference_url=inference_url, supervisor_url=supervisor_url, store=store)
+    reached = reach(
+        target, url=url, inference_url=inference_url, supervisor_url=supervisor_url, store=store, needs="inference"
+    )
     with _rolling(reached, as_json) as rollout:
         done = rollout.recover(as_it_is=as_it_is)
         screen.result({"recovered": done, "steps": [dataclasses.asdict(step) for step in rollout.steps]})
@@ -185,17 +189,21 @@ def scale(
 
 
 def drain(
+    name: Annotated[
+        str | None,
+        typer.Option("--replica", help="Which one, as `marina status` names it; needed when there are more."),
+    ] = None,
     target: TargetOption = "auto",
     url: ManagementUrl = None,
     supervisor_url: SupervisorUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Have the server answer what it has accepted, and stop: not ready at once, no request cut off."""
-    screen, reached = Screen(as_json), reach(target, url=url, supervisor_url=supervisor_url)
-    for found in reached.replicas:
-        found.drain()
-        screen.say(f"{found.name} drains and stops")
-    screen.result({"draining": [found.name for found in reached.replicas]})
+    """Have one server answer what it has accepted, and stop: not ready at once, no request cut off."""
+    screen = Screen(as_json)
+    found = _one_of(reach(target, url=url, supervisor_url=supervisor_url, needs="supervisor").replicas, name)
+    found.drain()
+    screen.say(f"{found.name} drains and stops")
+    screen.result({"draining": [found.name]})
 
 
 def status(
@@ -247,6 +255,19 @@ def replica(
     except MarinaError as error:
         screen.failure(error)
         raise typer.Exit(error.exit_code) from None
+
+
+def _one_of(replicas: Sequence[Replica], name: str | None) -> Replica:
+    names = ", ".join(found.name for found in replicas)
+    if name is None and len(replicas) > 1:
+        raise ConfigError(
+            f"there are {len(replicas)} replicas: {names}",
+            remedy="give --replica NAME; `marina down` stops all of them",
+        )
+    for found in replicas:
+        if name in (None, found.name):
+            return found
+    raise ConfigError(f"there is no replica '{name}'", remedy=f"give one of {names}")
 
 
 def _stages(percents: str, seconds: float, requests: int, longest: float) -> Stages | None:

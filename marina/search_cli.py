@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 
 def search(
-    recipe: Annotated[str, typer.Argument(help="A recipe's short name or path; its table [search] says what varies.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's short name or path; its table \\[search] says what varies.")
+    ],
     space: Annotated[
         list[str] | None,
         typer.Option("--space", metavar="A.B=RANGE", help="1e-4..1e-1,log or 16..64,step=16 or sgd,adamw; repeatable."),

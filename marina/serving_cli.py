@@ -82,11 +82,16 @@ def serve(
         models, settings, prove=prove, expected=serving.Following(folder, models), alone=lambda: serving.scaling(folder)
     )
 
+    announced = False
+
     def announce(line: str) -> None:
+        nonlocal announced
+        announced = True
         screen.result({"ready": server.inference_url, "models": [f"{model.name}:{model.version}" for model in models]})
         screen.say(line)
 
-    server.serve_forever(announce)
+    if server.serve_forever(announce) == "SIGINT" and not announced:
+        raise KeyboardInterrupt
 
 
 def predict(

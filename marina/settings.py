@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,8 +132,9 @@ class ServeSettings(BaseModel):
         `other_variables` are the MARINA_* names that belong to other parts. Raises ConfigError for any further one, for
         an unknown option, and for a value that does not fit.
         """
-        values = _from_environment(cls, environment, other_variables)
-        values |= {name: value for name, value in options.items() if value is not None}
+        variables = _from_environment(cls, environment, other_variables)
+        given = {name: value for name, value in options.items() if value is not None}
+        values = variables | given
         for name in values:
             if name not in cls.model_fields:
                 raise ConfigError(f"unknown setting '{name}'{closest(name, cls.model_fields)}", remedy="correct it")
@@ -141,7 +142,7 @@ class ServeSettings(BaseModel):
         try:
             return cls(**{**_addresses(file), **values})
         except ValidationError as error:
-            raise ConfigError(_explain(error), remedy="see `marina serve --help`") from error
+            raise ConfigError(_explain(error, variables.keys() - given), remedy="see `marina serve --help`") from error
 
 
 def _addresses(file: properties.Properties) -> dict[str, Any]:
@@ -165,10 +166,12 @@ def _from_environment(
     return {name: environment[variable] for variable, name in known.items() if variable in environment}
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, variables: Container[str]) -> str:
+    """Settings that came from `variables` by the names of these."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
+        where = f"{PREFIX}{where.upper()}" if where in variables else where
         message = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{where}: {message}, got {problem['input']!r}" if where else message)
     return "; ".join(lines)

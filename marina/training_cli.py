@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from marina import scoring, scoring_view, store
+from marina.errors import ConfigError
 from marina.home import Home, find_home
 from marina.progress import ProgressReporter
 from marina.screen import Screen, shown
@@ -116,6 +118,7 @@ def evaluate(
 ) -> None:
     """Score a run or an artifact on its test split or other labelled data, or a served model by the same code."""
     screen, home = Screen(as_json), find_home()
+    _check_paths(data, report_file)
     if url is None:
         _evaluate_here(screen, store.find_trained(home.runs, home.artifacts, target), root, data, report_file)
         return
@@ -198,10 +201,28 @@ def served_subject(score: scoring.Score[Questions, Evaluation, Comparison], url:
     )
 
 
+def _check_paths(data: Path | None, report_file: Path | None) -> None:
+    """Before anything is computed, and in the words of these options."""
+    if data is not None and not data.is_dir() and not (data.is_file() and data.suffix.lower() in (".zip", ".csv")):
+        from training.errors import DataError
+
+        raise DataError(
+            f"--data {data}: there is no such folder, .zip or .csv file",
+            remedy="give a folder with one folder per class, a .zip of one, or a .csv",
+        )
+    if report_file is None:
+        return
+    report_file.parent.mkdir(parents=True, exist_ok=True)
+    if report_file.is_dir() or not os.access(report_file if report_file.exists() else report_file.parent, os.W_OK):
+        raise ConfigError(
+            f"--report {report_file} cannot be written{': it is a folder' if report_file.is_dir() else ''}",
+            remedy="give another file, e.g. report.html",
+        )
+
+
 def _write_report(path: Path, subject: Subject, found: Evaluation, asked: Questions) -> None:
     from training import html_report
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     html_report.write(path, subject, found, asked.read())
 
 

@@ -20,6 +20,7 @@ from marina.errors import ArchiveError, ClientError
 from marina.home import Home, find_home
 from marina.loadgen import Scenario
 from marina.processes import interruptible
+from marina.reach import address_of
 from marina.replica import LocalReplica
 from marina.screen import Screen, shown
 from marina.settings import OTHER_VARIABLES, ServeSettings
@@ -41,7 +42,7 @@ def register(app: typer.Typer) -> None:
 def tune_model(
     name: Annotated[str, typer.Argument(help="A served model.")],
     p99: Annotated[str, typer.Option("--p99", help="The 99th percentile of latency must not exceed this, e.g. 50ms.")],
-    budget: Annotated[float, typer.Option(help="Seconds that it may take.")] = 600.0,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds that it may take.")] = 600.0,
     probe: Annotated[float, typer.Option(min=0.5, help="Seconds of the longest single measurement.")] = 6.0,
     body: Annotated[
         list[Path] | None, typer.Option("--body", "-b", help="Files, or folders of files; golden samples by default.")
@@ -135,7 +136,7 @@ class _Server:
 def _server(home: Home, folder: Path, url: str | None, inference_url: str | None) -> _Server:
     settings = ServeSettings.load({"config": home.config}, os.environ, other_variables=OTHER_VARIABLES)
     management = url or settings.url("management")
-    inference = inference_url or settings.url("inference")
+    inference = address_of("inference", inference_url, url, settings, needed=True)
     local = LocalReplica(
         store=folder,
         inference_url=inference,

@@ -820,7 +820,7 @@ def _check_architecture(recipe: Recipe) -> None:
             )
         return
     if model.architecture not in architectures.names():
-        own = ", ".join(architectures.names()[:6])
+        own = ", ".join(architectures.own_names())
         raise RecipeError(
             f"unknown architecture '{model.architecture}'{closest(model.architecture, architectures.names())}",
             remedy=f"take one of {own}, or a classification name of torchvision such as resnet18",

@@ -552,5 +552,5 @@ def check_student(name: str) -> None:
     if name not in architectures.names():
         raise RecipeError(
             f"--student {name}: no such architecture{closest(name, architectures.names())}",
-            remedy="take one of " + ", ".join(architectures.names()[:6]) + " or a classification name of torchvision",
+            remedy="take one of " + ", ".join(architectures.own_names()) + " or a classification name of torchvision",
         )

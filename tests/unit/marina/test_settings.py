@@ -39,7 +39,7 @@ def test_options_win_over_variables_over_the_file_over_defaults(file: Path) -> N
         ),
         ({"inference_prot": 1}, {}, "unknown setting 'inference_prot', did you mean 'inference_port'"),
         ({"inference_port": 70000}, {}, "inference_port: .*65535, got 70000"),
-        ({}, {"MARINA_DEVICE": "tpu"}, "device: .*'tpu'"),
+        ({}, {"MARINA_DEVICE": "tpu"}, "MARINA_DEVICE: .*'tpu'"),
         ({"metrics_port": 7000}, {}, "port 7000 is given to 2 interfaces"),
         ({"management_host": "0.0.0.0"}, {}, "management_host 0.0.0.0 is not loopback"),
         ({"inference_host": "here"}, {}, "inference_host: .*'here'"),
