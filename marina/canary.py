@@ -189,8 +189,8 @@ class _Counted:
     def add(self, entry: Mapping[str, Any]) -> None:
         status = int(entry["status"])
         refused = status == 429
-        if status < 0 or (refused and entry["replica"] in ("", "-")):
-            return  # the client left, or the gateway let nobody in: neither is the version's doing
+        if status < 0 or (status < 500 and entry["replica"] in ("", "-")):
+            return  # the client left, or the gateway let it not in (no key, too much): neither is the version's doing
         self.answers += 1
         if status >= 500 or refused:  # a replica refuses when the version's own queue is full or it has no worker
             self.errors += 1
@@ -249,7 +249,10 @@ class Canary:
         wanted = f'"model":"{self._name}"'
         for line in self._log.lines():
             if line.startswith("{") and wanted in line:
-                entry = json.loads(line)
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # cut off: a log driver's limit, a full disk
                 if entry["canary"] == self._version:
                     self._new.add(entry)
                 elif entry["version"] in ("", "-"):

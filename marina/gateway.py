@@ -230,6 +230,7 @@ def prepare_folder(folder: Path) -> Path:
     """Make `folder` and the proxy's own folder in it, as `create_keys` says; returns where the clients file belongs."""
     clients = folder / GATEWAY_FOLDER / CLIENTS_FILE
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)  # Docker, too, makes it when it is missing, open to all
     clients.parent.mkdir(mode=0o755, exist_ok=True)
     clients.parent.chmod(0o755)
     return clients
@@ -347,9 +348,7 @@ def create_certificate(folder: Path, hosts: Sequence[str] = ("localhost", "127.0
     """
     if not hosts or not all(re.fullmatch(r"[A-Za-z0-9.:*-]{1,253}", host) for host in hosts):
         raise ConfigError(f"certificate: host names {list(hosts)} are refused", remedy="give DNS names or addresses")
-    target = folder / GATEWAY_FOLDER / CERTIFICATE_FILE
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target.parent.mkdir(mode=0o755, exist_ok=True)
+    target = prepare_folder(folder).with_name(CERTIFICATE_FILE)
     names = ",".join(f"{'IP' if _is_address(host) else 'DNS'}:{host}" for host in hosts)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         key, certificate = Path(scratch) / "key", Path(scratch) / "crt"
@@ -366,7 +365,7 @@ def create_certificate(folder: Path, hosts: Sequence[str] = ("localhost", "127.0
 def install_certificate(folder: Path, certificate: Path, key: Path) -> Path:
     """Put a certificate chain and its key together as `folder/gateway/tls.pem`, with the line that the expiry metric
     reads. Raises ConfigError when openssl cannot read the certificate."""
-    target = folder / GATEWAY_FOLDER / CERTIFICATE_FILE
+    target = prepare_folder(folder).with_name(CERTIFICATE_FILE)
     end = _openssl("x509", "-noout", "-enddate", "-in", str(certificate)).strip().removeprefix("notAfter=")
     expiry = int(ssl.cert_time_to_seconds(end))
     _write(target, f"# not-after {expiry}\n{certificate.read_text('ascii')}{key.read_text('ascii')}", mode=0o644)

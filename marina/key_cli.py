@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,7 +72,12 @@ def list_keys(clients: Clients = None, as_json: Json = False) -> None:
 
 
 def _secrets() -> Path:
-    return find_home().root / "secrets"
+    """The folder that docker-compose.yml mounts: SECRETS of the environment or of `.env`, relative to the project's."""
+    root = find_home().root
+    environment = root / ".env"
+    lines = environment.read_text("utf-8").splitlines() if environment.is_file() else []
+    written = [line.partition("=")[2].strip().strip("'\"") for line in lines if line.startswith("SECRETS=")]
+    return root / (os.environ.get("SECRETS") or (written[-1] if written else "") or "secrets")
 
 
 def _file(clients: Path | None) -> Path:

@@ -26,6 +26,31 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("place", ["environment", "file", "both"])
+def test_keys_go_where_the_stack_mounts_them(
+    home: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SECRETS", raising=False)
+    if place != "environment":
+        (home / ".env").write_text("GATEWAY_PORT=9000\nSECRETS='./written'\n")
+    if place != "file":
+        monkeypatch.setenv("SECRETS", str(home / "given"))
+    key_cli.add("partner", as_json=True)
+    folder = home / ("written" if place == "file" else "given")
+    assert json.loads(capsys.readouterr().out)["clients"] == str(folder / "gateway" / "clients")
+    assert (folder / "gateway" / "clients").is_file()
+
+
+def test_a_folder_that_docker_made_is_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    folder.mkdir(mode=0o755)
+    gateway.create_keys(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o755)
+    gateway.create_certificate(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "the private key below it can be read by all who get there"
+
+
 def test_the_life_of_a_key(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key_cli.add("partner")
     first = capsys.readouterr().out.strip()
