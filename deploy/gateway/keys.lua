@@ -74,12 +74,14 @@ core.register_service("credentials", "http", function(applet)
         "marina_gateway_clients_file_refused " .. refused,
         "# TYPE marina_gateway_key_expiry_timestamp_seconds gauge",
     }
-    local count = 0
+    -- One sample per client: of two with the same labels Prometheus keeps either one.
+    local count, soonest = 0, {}
     for _, client in pairs(clients) do
         count = count + 1
-        if client.expiry then
-            lines[#lines + 1] = string.format('marina_gateway_key_expiry_timestamp_seconds{client="%s"} %d', client.id, client.expiry)
-        end
+        if client.expiry then soonest[client.id] = math.min(soonest[client.id] or client.expiry, client.expiry) end
+    end
+    for id, expiry in pairs(soonest) do
+        lines[#lines + 1] = string.format('marina_gateway_key_expiry_timestamp_seconds{client="%s"} %d', id, expiry)
     end
     lines[2] = "marina_gateway_clients " .. count
     local expiry = certificate and (read(certificate) or ""):match("not%-after (%d+)")

@@ -8,8 +8,10 @@ import signal
 import socket
 import ssl
 import struct
+import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
@@ -128,6 +130,18 @@ def test_an_expired_key_stops_working(tmp_path: Path) -> None:
         assert f'expiry_timestamp_seconds{{client="brief"}} {expiry}'.encode() in credentials(gate).body
         wait_until(lambda: gate.ask(key=key).status == 401, "the key has expired")
         assert gate.ask().status == 200
+
+
+def test_of_a_clients_keys_the_soonest_expiry_is_told(tmp_path: Path) -> None:
+    """Two samples with the same labels: Prometheus keeps either, and the alert may never come."""
+    nowhere = Replica(address=f"127.0.0.1:{free_port()}", health_port=free_port())
+    with front(tmp_path, [nowhere], wait=0) as gate:
+        now = int(time.time())
+        for expiry in (now + 9000, now + 1000, now + 5000):
+            gateway.add_key(gate.clients, "first", expires_at=expiry)
+        wait_until(lambda: b"marina_gateway_clients 4" in credentials(gate).body, "the keys are read")
+        told = [line for line in credentials(gate).body.decode().splitlines() if line.startswith("marina_gateway_key")]
+        assert told == [f'marina_gateway_key_expiry_timestamp_seconds{{client="first"}} {now + 1000}']
 
 
 def test_each_client_has_its_own_rate_limit(tmp_path: Path) -> None:
@@ -393,6 +407,52 @@ def test_a_slow_client_is_cut_off_with_408(gate: Front, part: str) -> None:
     assert 0.5 < time.monotonic() - began < 3
 
 
+@contextlib.contextmanager
+def slow_upload(gate: Front, size: int, *lines: str, sent: int) -> Iterator[socket.socket]:
+    """A connection on which `sent` of `size` bytes have been sent."""
+    with socket.create_connection(("127.0.0.1", gate.port), timeout=20) as connection:
+        connection.sendall(head(gate, f"Content-Length: {size}", "Connection: close", *lines) + b"x" * sent)
+        yield connection
+
+
+def test_slow_uploads_of_one_client_leave_places_free(tmp_path: Path) -> None:
+    small = {"buffer_bytes": 65536, "max_chunked_bytes": 32768, "max_body_bytes": 400_000}
+    with backends("a") as [backend], front(tmp_path, [backend.replica], max_inflight=2, **small) as gate:
+        other = gateway.add_key(gate.clients, "other")
+        wait_until(lambda: gate.ask(key=other).status == 200, "the other key works")
+        with slow_upload(gate, 200_000, sent=199_999) as connection:
+            wait_until(lambda: gauge(gate, "current_sessions") == 1, "the replica's place is taken")
+            refused = gate.ask(body=b"x" * 200_000)
+            assert (refused.status, refused.problem()) == (429, "overloaded")
+            assert refused.headers["retry-after"] == "1"
+            assert gate.ask(body=b"x" * 20_000).status == 200
+            assert gate.ask(body=b"x" * 200_000, key=other).status == 200
+            connection.sendall(b"x")
+            assert status_of(connection.recv(65536)) == 200
+        wait_until(lambda: gate.ask(body=b"x" * 200_000).status == 200, "the client's share is free again")
+        with Load(gate, clients=1, size=200_000) as kept:
+            kept.wait_for(5)
+        assert kept.failures() == []
+
+
+def test_the_deadline_ends_a_slow_upload(gate: Front) -> None:
+    """HAProxy 3 does not, which deploy/gateway/README.md says."""
+    version = subprocess.run([gateway.haproxy_program(), "-v"], capture_output=True, text=True, check=True).stdout
+    if "version 2." not in version:
+        pytest.skip(version.splitlines()[0])
+    began = time.monotonic()
+    with slow_upload(gate, 300_000, "X-Deadline-Ms: 1000", sent=290_000) as connection:
+        connection.settimeout(0.1)
+        answer = b""
+        while not answer and time.monotonic() - began < 10:
+            with contextlib.suppress(TimeoutError):
+                connection.sendall(b"x")
+                answer = connection.recv(65536)
+    assert status_of(answer) == 504
+    assert 0.9 < time.monotonic() - began < 3
+    wait_until(lambda: gauge(gate, "current_sessions") == 0, "its place is free")
+
+
 def test_a_slow_answer_outlives_the_clients_timeout(gate: Front) -> None:
     assert gate.ask(x_mode="sleep:1.2").status == 200
 
@@ -467,8 +527,12 @@ def test_who_cannot_be_answered_in_time_is_told_at_once(tmp_path: Path) -> None:
 
 
 def waiting(gate: Front) -> int:
+    return gauge(gate, "current_queue")
+
+
+def gauge(gate: Front, name: str) -> int:
     text = gate.ask("/metrics", method="GET", body=None, key=None, port=gate.metrics_port).body.decode()
-    name = 'haproxy_backend_current_queue{proxy="predictions"}'
+    name = f'haproxy_backend_{name}{{proxy="predictions"}}'
     return int(next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name)))
 
 
@@ -511,6 +575,21 @@ def test_a_malformed_deadline_is_400(gate: Front, value: str) -> None:
     assert gate.ask(X_Deadline_Ms=value).problem() == "malformed-deadline"
 
 
+@pytest.mark.parametrize("value", ["-5", "0", "abc", "99999999999999999999"])
+def test_a_second_deadline_is_checked_too(gate: Front, value: str) -> None:
+    answer = gate.raw(head(gate, "X-Deadline-Ms: 100", f"X-Deadline-Ms: {value}", "Connection: close"))
+    assert status_of(answer) == 400
+    assert b"malformed-deadline" in answer
+
+
+def test_a_second_deadline_has_the_same_maximum(gate: Front) -> None:
+    twice = ("X-Deadline-Ms: 100", "X-Deadline-Ms: 999999999")
+    answer = gate.raw(head(gate, *twice, "Connection: close", "Content-Length: 0"))
+    match = re.search(rb'"x-deadline-unix-ms": "(\d+)"', answer)
+    assert match, answer
+    assert int(match[1]) / 1000 - time.time() < 3.1
+
+
 def test_time_in_the_queue_counts_against_the_deadline(tmp_path: Path) -> None:
     with backends("a") as [backend], front(tmp_path, [backend.replica], max_inflight=1) as gate:
         slow = threading.Thread(target=gate.ask, kwargs={"x_mode": "sleep:0.8"})
@@ -543,6 +622,18 @@ def test_an_unsafe_request_id_is_replaced(gate: Front, value: str) -> None:
     assert answer.json["headers"]["x-request-id"] == answer.headers["x-request-id"]
 
 
+FORGED = 'e","client":"ceo","status":500,"canary":"2.0'
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_a_second_request_id_is_checked_too(gate: Front, key: bool) -> None:
+    request = head(gate, "X-Request-Id: good", f"X-Request-Id: {FORGED}", "Connection: close", "Content-Length: 0")
+    answer = gate.raw(request if key else request.replace(b"Authorization", b"X-Other"))
+    match = re.search(rb"x-request-id: ([0-9a-f-]{36})\r\n", answer)
+    assert match, answer
+    assert gate.log_of(match[1].decode())["client"] == ("first" if key else "-")
+
+
 def test_request_ids_differ_on_a_kept_connection(gate: Front) -> None:
     connection = HTTPConnection("127.0.0.1", gate.port, timeout=10)
     with contextlib.closing(connection):
@@ -562,6 +653,31 @@ def test_traceparent_is_kept_or_made(gate: Front) -> None:
         made = gate.ask(traceparent=bad).json["headers"]["traceparent"]
         assert made != bad
         assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", made)
+
+
+@pytest.mark.parametrize("second", ["00-" + "a" * 32 + "-" + "b" * 16 + "-00", f"x{FORGED}"])
+def test_of_two_traceparents_none_is_kept(gate: Front, second: str) -> None:
+    first = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    twice = (f"traceparent: {first}", f"traceparent: {second}")
+    answer = gate.raw(head(gate, *twice, "X-Request-Id: traced-twice", "Connection: close", "Content-Length: 0"))
+    match = re.search(rb'"traceparent": "(00-[0-9a-f]{32}-[0-9a-f]{16}-00)"', answer)
+    assert match, answer
+    assert match[1].decode() not in (first, second)
+    assert gate.log_lines()[-1]["traceparent"] not in (first, second)
+
+
+@pytest.mark.parametrize("path", ['/predictions/"', "/predictions/m/", "////", "/predictions/m?"])
+@pytest.mark.parametrize("method", ["POST", "P" * 20_000])
+def test_a_long_request_is_one_json_line_too(gate: Front, method: str, path: str) -> None:
+    request_id = uuid.uuid4().hex * 4
+    target = path + path[-1] * 9_000
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    request = head(gate, f"X-Request-Id: {request_id}", f"traceparent: {trace}", "Connection: close")
+    gate.raw(request.replace(b"POST /predictions/m", f"{method} {target}".encode()))
+    line = gate.log_of(request_id)
+    assert line["traceparent"] == trace
+    assert line["path"] == target.partition("?")[0][:2048]
+    assert line["method"] in (method, "<BADREQ>")
 
 
 def test_every_request_is_one_json_line(gate: Front) -> None:
