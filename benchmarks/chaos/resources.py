@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from marina.journal import OLDER_FILE
 from marina.load_stats import student_t
 
 
@@ -45,7 +46,9 @@ def look(pids: Mapping[int, str], temp: Path) -> Held:
             memory[role] += own
             descriptors[role] += open_files
             counted[role] += 1
-    files = frozenset(str(path.relative_to(temp)) for path in temp.rglob("*") if not path.is_dir())
+    # The journal of rollouts is turned over after some hundred lines: at most one older file, whatever is done.
+    found = (path for path in temp.rglob("*") if not path.is_dir() and path.name != OLDER_FILE)
+    files = frozenset(str(path.relative_to(temp)) for path in found)
     return Held({role: own / 2**20 for role, own in memory.items()}, dict(counted), dict(descriptors), sockets, files)
 
 
