@@ -86,11 +86,14 @@ def _label(value: str, where: str, data: Data) -> str:
                 f"{where}: no class in the column '{data.label_column}'", remedy="fill it in or remove the row"
             )
         return value
-    if value.isascii() and value.isdigit() and 1 <= int(value) <= len(data.class_names):
-        return data.class_names[int(value) - 1]
     if value in data.class_names:
         return value
+    # Where a name is a number itself, a number is never a place: which of the two is meant would be a guess.
+    places = not any(name.isdigit() for name in data.class_names)
+    if places and value.isascii() and value.isdigit() and 1 <= int(value) <= len(data.class_names):
+        return data.class_names[int(value) - 1]
+    either = f"neither one of data.class_names nor a number from 1 to {len(data.class_names)}"
     raise DataError(
-        f"{where}: class '{value[:40]}' is neither one of data.class_names nor a number from 1 to {len(data.class_names)}",
+        f"{where}: class '{value[:40]}' is {either if places else 'not one of data.class_names'}",
         remedy="mend the row, or correct data.class_names",
     )

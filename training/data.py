@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -358,7 +359,19 @@ def _allocate(count: int, shape: tuple[int, int, int], memory_mib: int, store: P
     size = count * math.prod(shape)
     if store is None or size <= memory_mib << 20:
         return torch.empty((count, *shape), dtype=torch.uint8)
+    _reserve(store, size)
     return torch.from_file(str(store), shared=True, size=size, dtype=torch.uint8).view(count, *shape)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Raises OSError when the disk has no room: a mapped page that finds none later ends the process by a signal."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
 
 
 def _with_statistics(dataset: Dataset) -> Preprocess:

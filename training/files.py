@@ -30,6 +30,23 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
+def write_tensors(path: Path, content: object) -> None:
+    """As `torch.save`; but a full disk, which that reports as an error of its own, is the OSError that it is."""
+    import torch  # not for those who write text
+
+    def save(temporary: Path) -> None:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+    write(path, save)
+
+
 def publish(folder: Path, fill: Callable[[Path], None]) -> None:
     """`fill` writes into an empty folder, which then takes the place of `folder`; equal content is left untouched."""
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.new")

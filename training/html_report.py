@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image, ImageOps
+from PIL import Image
 
 from handlerlib import imaging
 from handlerlib.spec import ModelSpec, Task
@@ -81,7 +81,7 @@ def describe(
     notes: Sequence[str] = (),
 ) -> Subject:
     """A run or artifact: its spec and what `provenance.json` says; `notes` are the sentences about its data."""
-    recipe, sizes = origin.get("recipe", {}), origin.get("splits", {})
+    recipe, sizes = origin.get("recipe") or {}, origin.get("splits", {})
     source = recipe.get("data", {}).get("source", "unknown")
     return Subject(
         title=f"Report: {spec.name}",
@@ -350,8 +350,17 @@ def _pictured(name: str, sure: str, alt: str, data: bytes) -> dict[str, Any]:
     if imaging.sniff(data) is None:
         text = data.decode("utf-8", "replace").strip()
         return shot | {"text": text if len(text) <= _EXCERPT else text[:_EXCERPT].rstrip() + "…"}
+    try:
+        picture, small = _thumbnail(data)
+    except Exception:  # noqa: BLE001 - decoders raise anything; an illustration must not cost a finished training
+        return shot
+    return shot | {"picture": picture, "small": small, "alt": f"{name}: {alt}"}
+
+
+def _thumbnail(data: bytes) -> tuple[str, bool]:
+    """Its URI, and whether it is the image as it is."""
     with Image.open(io.BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = imaging.upright(opened).convert("RGB")
     small = max(image.size) <= _SMALL
     buffer = io.BytesIO()
     if small:
@@ -359,11 +368,7 @@ def _pictured(name: str, sure: str, alt: str, data: bytes) -> dict[str, Any]:
     else:
         image.thumbnail((_SIDE, _SIDE))
         image.save(buffer, "JPEG", quality=82)
-    return shot | {
-        "picture": _uri(buffer.getvalue(), "png" if small else "jpeg"),
-        "small": small,
-        "alt": f"{name}: {alt}",
-    }
+    return _uri(buffer.getvalue(), "png" if small else "jpeg"), small
 
 
 def _uri(data: bytes, kind: str = "png") -> str:

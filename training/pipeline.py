@@ -387,10 +387,17 @@ def rebuild(
 
 def recorded_recipe(target: Path, origin: dict[str, Any], root: str | Path | None) -> Recipe:
     """The recipe of a run or artifact, with the place of the data as given, or as the run beside it knows it."""
+    if not origin.get("recipe"):
+        raise TargetError(
+            f"{target} records no recipe, so that its data is not known",
+            remedy="evaluate it with --data and samples of your own; train one anew for what else needs its data",
+        )
     values: dict[str, Any] = dict(origin["recipe"])
     if root is None:
-        beside = target.resolve().parents[2] / "runs" / str(origin["run"]) / RECIPE_FILE
-        for path in (target / RECIPE_FILE, beside):
+        # An artifact may lie anywhere, also right below the file system's root.
+        above = target.resolve().parents[2:3]
+        places = (target, *(one / "runs" / str(origin.get("run")) for one in above))
+        for path in (place / RECIPE_FILE for place in places):
             if path.exists():
                 root = read_json(path)["data"]["root"]
                 break

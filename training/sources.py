@@ -7,6 +7,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -118,26 +119,58 @@ def tree(root: Path, things: str = "images") -> Listing:
             f"{root} holds {things} but no class folders",
             remedy=f"put the {things} of each class into a folder of its name",
         )
-    given = tops <= set(_SPLIT_FOLDERS) and any(len(path.parts) > 1 for path in folders)
-    if given:
-        _check_split_folders(root, tops)
+    given = _are_given(root, tops, {path.parts[0] for path in folders if len(path.parts) > 1})
     depth = 2 if given else 1
     entries: list[Entry] = []
     skipped: list[Skipped] = []
     for file in files:
+        name = _shown(str(file.path))
         if len(file.path.parts) <= depth:
-            skipped.append(Skipped(str(file.path), "not in a class folder"))
+            skipped.append(Skipped(name, "not in a class folder"))
             continue
-        split = _SPLIT_FOLDERS[file.path.parts[0]] if given else None
-        entries.append(Entry(str(file.path), file.path.parts[depth - 1], split, file.read))
+        split = _SPLIT_FOLDERS[file.path.parts[0].lower()] if given else None
+        entries.append(Entry(name, file.path.parts[depth - 1], split, file.read))
     labels = {path.parts[depth - 1] for path in folders if len(path.parts) >= depth}
+    for label in labels:
+        if _shown(label) != label:
+            raise DataError(
+                f"the name of the class folder '{_shown(label)}' in {root} is not UTF-8",
+                remedy="rename it, e.g. with convmv",
+            )
     return Listing(tuple(entries), tuple(sorted(labels, key=natural)), tuple(skipped))
 
 
+def _shown(name: str) -> str:
+    """The name of a file; bytes that are not UTF-8 as \\udcXX, so that it can be written into reports."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _are_given(root: Path, tops: set[str], nested: set[str]) -> bool:
+    """Whether the folders are the sides of a split, not classes; `nested` are those with folders in them.
+
+    Raises DataError when only some of them are, or a side is missing or there twice.
+    """
+    split = {top for top in tops if top.lower() in _SPLIT_FOLDERS}
+    others = ", ".join(_shown(top) for top in sorted(tops - split, key=natural)[:10])
+    if others:
+        if len({_SPLIT_FOLDERS[top.lower()] for top in split & nested}) > 1:
+            raise DataError(
+                f"{root} holds {' and '.join(sorted(split, reverse=True))} folders and also {others}",
+                remedy="move the latter away, or point data.root at the class folders",
+            )
+        return False
+    if nested:
+        _check_split_folders(root, tops)
+    return bool(nested)
+
+
 def _check_split_folders(root: Path, tops: set[str]) -> None:
-    sides = {_SPLIT_FOLDERS[top] for top in tops}
-    if len(sides) < len(tops):
-        raise DataError(f"{root} holds more than one validation folder: {', '.join(sorted(tops))}", remedy="keep one")
+    sides = [_SPLIT_FOLDERS[top.lower()] for top in tops]
+    for side in sides:
+        if sides.count(side) > 1:
+            raise DataError(
+                f"{root} holds more than one {side} folder: {', '.join(sorted(tops))}", remedy="keep one of each"
+            )
     for wanted in ("train", "test"):
         if wanted not in sides:
             raise DataError(
@@ -155,10 +188,13 @@ def _files(root: Path) -> tuple[list[_File], set[PurePosixPath]]:
         below = [path.relative_to(root) for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir()]
         folders = {PurePosixPath(path.as_posix()) for path in below if not any(part[0] == "." for part in path.parts)}
     elif zipfile.is_zipfile(root):
-        archive = zipfile.ZipFile(root)
-        paths = [PurePosixPath(name) for name in sorted(archive.namelist()) if not name.endswith("/")]
-        shown = [path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.parts)]
-        files = [_File(path, functools.partial(archive.read, str(path))) for path in shown]
+        archive = _opened(root)
+        named = [(PurePosixPath(name), name) for name in sorted(archive.namelist()) if not name.endswith("/")]
+        files = [
+            _File(path, functools.partial(_member, archive, name))
+            for path, name in named
+            if not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+        ]
         folders = set()
     else:
         raise DataError(
@@ -168,6 +204,22 @@ def _files(root: Path) -> tuple[list[_File], set[PurePosixPath]]:
     for file in files:
         folders |= {parent for parent in file.path.parents if parent.parts}
     return files, folders
+
+
+def _opened(root: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(root)
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError(f"{root} cannot be read: {error}", remedy="make the .zip file again") from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Raises OSError, as a loose file would."""
+    try:
+        return archive.read(name)
+    # In this order: damaged, cut short, encrypted, of an unknown compression.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise OSError(f"damaged or encrypted in the zip: {error}") from error
 
 
 def _walk(root: Path) -> Iterator[PurePosixPath]:

@@ -107,7 +107,7 @@ def save(state: State, learner: Learner, folder: Path) -> None:
     state.saved = f"epoch {state.epoch + 1}, step {state.step}"
     values = {one.name: getattr(state, one.name) for one in dataclasses.fields(state) if one.name not in _NOT_SAVED}
     content = {"state": values, "learner": learner.state_dict()}
-    files.write(folder / CHECKPOINT, lambda path: torch.save(content, path))
+    files.write_tensors(folder / CHECKPOINT, content)
 
 
 def restore(folder: Path, learner: Learner, report: Report, group: Group = ALONE) -> State:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -225,6 +226,11 @@ def _column(path: Path, names: Sequence[str], wanted: str, data: Data) -> int:
         return names.index(wanted)
     if wanted in names:
         raise DataError(f"{path}: there is more than one column '{wanted}'", remedy="rename one of them")
+    if len(names) == 1 and (delimiter := next((one for one in ";\t|," if one in names[0]), None)):
+        raise DataError(
+            f"{path} has no column '{wanted}': its first row names {names[0][:200]}",
+            remedy=f"--set 'data.delimiter={json.dumps(delimiter)}' when that stands between its values",
+        )
     beyond = "data.columns" if data.columns is not None else "its first row"
     raise DataError(
         f"{path} has no column '{wanted}': {beyond} names {', '.join(names)[:200]}",

@@ -113,6 +113,10 @@ def fit(
                 judged(now.history)
         if group.leads:
             state.save(now, pupil, folder)
+        # Pressed while the last epoch was judged, after which there is no step to ask again.
+        (stop,) = group.either(interrupted.is_set())
+        if stop:
+            raise Interrupted(f"stopped after the last epoch; saved in {folder}")
     if group.leads:
         (folder / BEST_SO_FAR).unlink(missing_ok=True)
     return Fitted(now.best, now.best_epoch, tuple(now.history))
@@ -213,7 +217,7 @@ def _end_epoch(
     if group.leads:
         files.write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in now.history))
         if now.best_epoch == now.epoch:
-            files.write(folder / BEST_SO_FAR, lambda path: torch.save(now.best, path))
+            files.write_tensors(folder / BEST_SO_FAR, now.best)
     now.close_stage(recipe.train, pupil.phases)
 
 

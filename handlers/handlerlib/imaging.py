@@ -131,6 +131,13 @@ def fit(x_CHW: Tensor, preprocess: Preprocess) -> Tensor:
     return _fit(x_CHW, x_CHW.shape[-2], x_CHW.shape[-1], preprocess)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as `decode` turns it: by EXIF's or XMP's orientation, not at all where nobody can read that."""
+    image.load()  # the orientation may stand behind the pixels
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def stack(images: Sequence[Tensor]) -> Tensor:
     """uint8 `[C, height, width]` each, at least one -> uint8 `[B, C, height, width]`, channels last in memory."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
