@@ -32,7 +32,7 @@ from marina import (
     training_cli,
     tune_cli,
 )
-from marina.errors import ConfigError
+from marina.errors import ConfigError, Interrupted, UsageError
 from marina.screen import Screen
 
 _WrongUsage = cast("type[Exception]", typer.BadParameter.__base__)
@@ -46,18 +46,6 @@ _REMEDIES = {
     errno.EDQUOT: "make room within the quota",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it accessible to this user, or give another path"),
 }
-
-
-class UsageError(MarinaError):
-    """An option or an argument is unknown, missing or has a value that does not fit."""
-
-    exit_code = 2
-
-
-class Interrupted(MarinaError):
-    """Ctrl-C, or a signal that is taken for it."""
-
-    exit_code = 130
 
 
 class _Commands(TyperGroup):

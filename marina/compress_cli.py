@@ -133,7 +133,7 @@ def _trained(home: Home, folder: Path) -> Path:
 def _parent(folder: Path) -> dict[str, str] | None:
     """What compress or optimize made this from; None of what was trained."""
     try:
-        origin: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        origin: dict[str, Any] = json.loads((folder / archive.PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     parent: dict[str, str] | None = (origin.get("compression") or {}).get("parent") or origin.get("parent")

@@ -1,6 +1,7 @@
 """What can go wrong in operations, each with its exit code. The message says what and where, the remedy what to do.
 
 MarinaError                      (handlerlib.errors)
+├── UsageError             2     an option or an argument is wrong
 ├── ConfigError            3     config.properties, a MARINA_* variable or an option is wrong
 ├── ArchiveError           5     an archive is refused
 │   └── StoreError         5     the model store lacks an archive, or its index does not fit the files
@@ -10,11 +11,12 @@ MarinaError                      (handlerlib.errors)
 │   ├── PortBusy                 a port that the server needs is taken
 │   ├── NotReady                 a model did not load, or not in time
 │   └── ServerDied               java ended without being asked to
-└── ClientError            7     a request got no usable answer
-    ├── Unreachable              nothing listens there, or the connection broke
-    ├── TimedOut                 no connection or no answer in time
-    ├── Refused                  the server answered with an error status
-    └── UnexpectedAnswer         the server answered with something else than the contract says
+├── ClientError            7     a request got no usable answer
+│   ├── Unreachable              nothing listens there, or the connection broke
+│   ├── TimedOut                 no connection or no answer in time
+│   ├── Refused                  the server answered with an error status
+│   └── UnexpectedAnswer         the server answered with something else than the contract says
+└── Interrupted          130     Ctrl-C
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ __all__ = [
     "ArchiveError",
     "ClientError",
     "ConfigError",
+    "Interrupted",
     "MarinaError",
     "NoDevice",
     "NoJava",
@@ -37,7 +40,14 @@ __all__ = [
     "TimedOut",
     "UnexpectedAnswer",
     "Unreachable",
+    "UsageError",
 ]
+
+
+class UsageError(MarinaError):
+    """An option or an argument is unknown, missing or has a value that does not fit."""
+
+    exit_code = 2
 
 
 class ConfigError(MarinaError):
@@ -121,3 +131,9 @@ class Refused(ClientError):
 
 class UnexpectedAnswer(ClientError):
     """The server answered with something else than the contract says: another service, or another version of it."""
+
+
+class Interrupted(MarinaError):
+    """Ctrl-C, or a signal that is taken for it."""
+
+    exit_code = 130

@@ -105,8 +105,8 @@ def _errors(gates: Gates, stage: str, old: Arm, new: Arm) -> Verdict:
 
 
 def _p99(gates: Gates, stage: str, old: Sequence[float], new: Sequence[float]) -> Verdict:
-    """Fails only beyond doubt: when more of the new version's answers are above the limit than one in a hundred that
-    chance would put there, so that a few slow answers among a few do not stop a rollout."""
+    """Fails only beyond doubt: when a version whose p99 is the limit would show so many answers above it less than once
+    in a thousand times, so that a few slow ones among a few do not stop a rollout."""
     limit = max(gates.max_p99_ratio * upper_bound(old, 0.99), p99(old) + gates.p99_slack_ms)
     slow = sum(value > limit for value in new)
     measured, before = p99(new), p99(old)

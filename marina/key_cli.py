@@ -72,7 +72,10 @@ def list_keys(clients: Clients = None, as_json: Json = False) -> None:
 
 
 def _secrets() -> Path:
-    """The folder that docker-compose.yml mounts: SECRETS of the environment or of `.env`, relative to the project's."""
+    """The folder that docker-compose.yml mounts: SECRETS of the environment or of `.env`, relative to the project's.
+
+    Read here, and not asked of Compose as elsewhere: a gateway without containers has keys too.
+    """
     root = find_home().root
     environment = root / ".env"
     lines = environment.read_text("utf-8").splitlines() if environment.is_file() else []

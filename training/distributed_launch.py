@@ -7,22 +7,19 @@ what came out in a file. An error of the recipe or the data is an outcome, not a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import handlerlib
 from handlerlib.errors import MarinaError
-from training import errors, files, relay
+from training import errors, files, lifeline, relay
 from training.config import Recipe, parse
 from training.errors import Interrupted, PeerFailed, ProcessDied, RecipeError
 from training.pipeline import Trained
@@ -82,12 +79,12 @@ def _run(folder: Path, processes: int, restarts: int, report: Report) -> list[st
         "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
     lines: deque[str] = deque(maxlen=_LOG_LINES)
-    with (folder / "errors.log").open("w+", encoding="utf-8", errors="replace") as written, _lifeline() as line_end:
+    with (folder / "errors.log").open("w+", encoding="utf-8", errors="replace") as written, lifeline.held() as pipe:
         # A session of its own: Ctrl-C reaches torchrun once, from here.
         child = subprocess.Popen(
             command,
             env=environment,
-            stdin=line_end,
+            stdin=pipe,
             stdout=subprocess.PIPE,
             stderr=written,
             text=True,
@@ -113,17 +110,6 @@ def _run(folder: Path, processes: int, restarts: int, report: Report) -> list[st
         written.seek(0)
         lines += deque((line.rstrip() for line in written), maxlen=_LOG_LINES)
     return list(lines)
-
-
-@contextlib.contextmanager
-def _lifeline() -> Iterator[int]:
-    """The end of a pipe that gives nothing, and ends when this process does, even when it is killed."""
-    reading, writing = os.pipe()
-    try:
-        yield reading
-    finally:
-        os.close(reading)
-        os.close(writing)
 
 
 def _stop(child: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -164,7 +150,7 @@ def work(folder: Path) -> None:
     """One process: train, and leave the outcome in `folder`."""
     from training import pipeline
 
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    lifeline.follow()
     rank = int(os.environ["RANK"])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
@@ -183,14 +169,6 @@ def work(folder: Path) -> None:
         told = {"run": str(trained.run), "artifact": str(trained.artifact), "metrics": trained.metrics}
         told |= {"reused": trained.reused}
     files.write_text(folder / f"outcome-{rank:03}.json", json.dumps(told))
-
-
-def _stop_with_parent() -> None:
-    """Save and stop, as at Ctrl-C, when `marina train` was killed: nobody would stop this process any more."""
-    # Not through sys.stdin, whose lock would be held when this process wants to end.
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _tell(step: Step) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -247,22 +248,34 @@ def _extension(data: bytes) -> str:
 def choose_version(artifacts: Path, name: str, wanted: str, run: str) -> str:
     """The version under which the run is published.
 
-    `auto` is the version that already holds this run, otherwise the next free 1.N. Raises RecipeError when the
+    `auto` is the version that already holds this run, otherwise the one after the newest. Raises RecipeError when the
     wanted version holds another run: what may already be served is never replaced silently.
     """
-    taken = {path.name: _run_of(path) for path in sorted((artifacts / name).glob("[0-9]*")) if path.is_dir()}
+    taken = {version: _run_of(artifacts / name / version) for version in published(artifacts / name)}
     if wanted == "auto":
-        mine = [version for version, holder in taken.items() if holder == run]
-        minors = [
-            int(minor) for major, _, minor in (v.partition(".") for v in taken) if major == "1" and minor.isdigit()
-        ]
-        return mine[0] if mine else f"1.{max(minors, default=-1) + 1}"
+        mine = (version for version, holder in taken.items() if holder == run)
+        return next(mine, following(artifacts / name))
     if taken.get(wanted, run) != run:
         raise RecipeError(
             f"{artifacts / name / wanted} already holds the run {taken[wanted]}",
             remedy="give another version, leave version out for the next free one, or remove that folder",
         )
     return wanted
+
+
+def published(folder: Path) -> list[str]:
+    """The versions in the folder of one name, oldest first."""
+    names = (path.name for path in folder.glob("[0-9]*") if re.fullmatch(r"\d+(\.\d+)*", path.name))
+    return sorted(names, key=lambda version: tuple(map(int, version.split("."))))
+
+
+def following(folder: Path) -> str:
+    """The version after the newest in the folder of one name; a name alone means its newest."""
+    known = published(folder)
+    if not known:
+        return "1.0"
+    head, _, last = known[-1].rpartition(".")
+    return f"{head}.{int(last) + 1}" if head else f"{last}.1"
 
 
 def publish(run_folder: Path, artifacts: Path, version: str) -> Path:

@@ -21,11 +21,9 @@ import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 import warnings
@@ -40,7 +38,7 @@ import torch
 import handlerlib
 from handlerlib.errors import MarinaError
 from handlerlib.spec import closest
-from training import data, files, pipeline, relay, search_plot, seeds, toml
+from training import data, files, lifeline, pipeline, relay, search_plot, seeds, toml
 from training import export as exporting
 from training.compare import Material, split
 from training.config import Range, Recipe, changed, parse
@@ -381,7 +379,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 
 def _main(folder: Path, place: Path) -> int:
     """One of several processes."""
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    lifeline.follow()
     job = json.loads((place / _JOB_FILE).read_text(encoding="utf-8"))
     try:
         work(folder, parse(job["recipe"], where="the recipe"), job["trials"], job["prune"], silent)
@@ -391,13 +389,6 @@ def _main(folder: Path, place: Path) -> int:
         relay.save(place / f"error-{os.getpid()}.json", error)
         return error.exit_code
     return 0
-
-
-def _stop_with_parent() -> None:
-    # Not through sys.stdin, whose lock would be held when this process wants to end.
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 # ----------------------------------------------------------------------------------------------------------- the study

@@ -35,7 +35,7 @@ from training.compress.storage import Bits
 from training.config import Distil, Recipe
 from training.errors import DataError, Interrupted, RecipeError, TargetError
 from training.export import COMPRESSION_FILE, PROVENANCE_FILE
-from training.optimize import publish, rungs
+from training.optimize import rungs
 from training.optimize.ladder import LEAST_GAIN
 from training.progress import Report, Step
 from training.train import choose_device, choose_threads, reproducible
@@ -613,11 +613,7 @@ def _publish(bench: Bench, row: Row, artifacts: Path) -> Path:
     folder = bench.folder / row.name
     record = _row_fields(row) | {"parent": bench.teacher.identity(), "threads": bench.threads}
     files.write_text(folder / COMPRESSION_FILE, exporting.to_json(record))
-    name = bench.spec.name
-    version = exporting.choose_version(artifacts, name, "auto", f"{bench.folder.name}/{row.name}")
-    if not (artifacts / name / version).exists():
-        version = publish.following(artifacts / name)
-    return exporting.publish(folder, artifacts, version)
+    return exporting.publish(folder, artifacts, "auto")
 
 
 def _not_tried(name: str, reason: str) -> Row:

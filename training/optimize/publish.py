@@ -14,7 +14,7 @@ from handlerlib import engine_spec
 from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER, EngineSpec
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from training import files
-from training.export import CARD_FILE, METRICS_FILE, PROVENANCE_FILE, to_json
+from training.export import CARD_FILE, METRICS_FILE, PROVENANCE_FILE, following, published, to_json
 from training.html_report import REPORT_FILE
 
 _CONFIG_FILE = "model-config.yaml"
@@ -38,53 +38,51 @@ def with_engine(artifact: Path, engine: EngineSpec, built: Path, artifacts: Path
     }
     with files.locked(artifacts / parent.name):
         spec = dataclasses.replace(parent, version=_version(artifacts / parent.name, engine, run))
-        metrics = json.loads((artifact / METRICS_FILE).read_text(encoding="utf-8")) | _metrics(engine)
-        card = _card((artifact / CARD_FILE).read_text(encoding="utf-8"), spec, parent, engine)
-        target = artifacts / spec.name / spec.version
+        return _write(artifact, spec, parent, origin, engine, built, artifacts)
 
-        def fill(folder: Path) -> None:
-            for name in (WEIGHTS_FILE, *(sample.file for sample in spec.golden.samples)):
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(artifact / name, folder / name)
-            if (artifact / _CONFIG_FILE).is_file():
-                shutil.copyfile(artifact / _CONFIG_FILE, folder / _CONFIG_FILE)
-            for file in engine.files:
-                (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
-                shutil.copyfile(built / file.path, folder / file.path)
-            texts = {
-                SPEC_FILE: spec.to_json(),
-                ENGINE_FILE: engine.to_json(),
-                METRICS_FILE: to_json(metrics),
-                PROVENANCE_FILE: to_json(origin),
-                CARD_FILE: card,
-            }
-            if (artifact / REPORT_FILE).is_file():
-                page = (artifact / REPORT_FILE).read_text(encoding="utf-8")
-                texts[REPORT_FILE] = _report(page, parent, engine)
-            for name, text in texts.items():
-                (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
-        files.publish(target, fill)
+def _write(
+    artifact: Path,
+    spec: ModelSpec,
+    parent: ModelSpec,
+    origin: dict[str, Any],
+    engine: EngineSpec,
+    built: Path,
+    artifacts: Path,
+) -> Path:
+    metrics = json.loads((artifact / METRICS_FILE).read_text(encoding="utf-8")) | _metrics(engine)
+    card = _card((artifact / CARD_FILE).read_text(encoding="utf-8"), spec, parent, engine)
+    target = artifacts / spec.name / spec.version
+
+    def fill(folder: Path) -> None:
+        for name in (WEIGHTS_FILE, *(sample.file for sample in spec.golden.samples)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(artifact / name, folder / name)
+        if (artifact / _CONFIG_FILE).is_file():
+            shutil.copyfile(artifact / _CONFIG_FILE, folder / _CONFIG_FILE)
+        for file in engine.files:
+            (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(built / file.path, folder / file.path)
+        texts = {
+            SPEC_FILE: spec.to_json(),
+            ENGINE_FILE: engine.to_json(),
+            METRICS_FILE: to_json(metrics),
+            PROVENANCE_FILE: to_json(origin),
+            CARD_FILE: card,
+        }
+        if (artifact / REPORT_FILE).is_file():
+            page = (artifact / REPORT_FILE).read_text(encoding="utf-8")
+            texts[REPORT_FILE] = _report(page, parent, engine)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+    files.publish(target, fill)
     return target
 
 
-def following(versions: Path) -> str:
-    """The version after the newest in the folder of one name."""
-    known = _taken(versions)
-    if not known:
-        return "1.0"
-    head, _, last = known[-1].rpartition(".")
-    return f"{head}.{int(last) + 1}" if head else f"{last}.1"
-
-
-def _version(versions: Path, engine: EngineSpec, run: str) -> str:
-    mine = (version for version in _taken(versions) if _holds(versions / version, engine, run))
-    return next(mine, following(versions))
-
-
-def _taken(versions: Path) -> list[str]:
-    names = (path.name for path in versions.glob("[0-9]*") if re.fullmatch(r"\d+(\.\d+)*", path.name))
-    return sorted(names, key=lambda version: tuple(map(int, version.split("."))))
+def _version(folder: Path, engine: EngineSpec, run: str) -> str:
+    mine = (version for version in published(folder) if _holds(folder / version, engine, run))
+    return next(mine, following(folder))
 
 
 def _holds(folder: Path, engine: EngineSpec, run: str) -> bool:

@@ -20,7 +20,7 @@ from handlerlib.spec import ModelSpec
 from image_classifier import ImageClassifier
 from support import images
 from support.artifacts import write_artifact
-from support.context import Reply, ask, context
+from support.context import Context, Reply, ask, context
 
 
 @pytest.fixture(scope="module")
@@ -233,14 +233,20 @@ def watched(handler: ImageClassifier, monkeypatch: pytest.MonkeyPatch) -> tuple[
     return engine, decoders
 
 
-def test_a_lone_request_has_all_cores_and_a_worker_beside_a_busy_one_its_share(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def on_four_cores(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Context, ImageClassifier]:
+    """A worker that believes to have them, with a board of its own."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("handlerlib.cores.usable", lambda: 4)
     ctx = context(artifact, batch_size=32)
     handler = ImageClassifier()
     handler.initialize(ctx)
+    return ctx, handler
+
+
+def test_a_lone_request_has_all_cores_and_a_worker_beside_a_busy_one_its_share(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx, handler = on_four_cores(artifact, tmp_path, monkeypatch)
     engine, decoders = watched(handler, monkeypatch)
     (board,) = tmp_path.glob("marina-cores-*")
     ask(handler, ctx, [{"body": images.photo(0)}])
@@ -263,11 +269,7 @@ def test_a_lone_request_has_all_cores_and_a_worker_beside_a_busy_one_its_share(
 def test_without_more_threads_a_worker_decodes_alone(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("handlerlib.cores.usable", lambda: 4)
-    ctx = context(artifact, batch_size=8)
-    handler = ImageClassifier()
-    handler.initialize(ctx)
+    ctx, handler = on_four_cores(artifact, tmp_path, monkeypatch)
     _, decoders = watched(handler, monkeypatch)
     rows = [{"body": images.photo(seed)} for seed in range(8)]
 
