@@ -41,8 +41,8 @@ logs: setup ## follow the containers' logs
 	@$(BIN)/marina logs --follow
 
 .PHONY: test
-test: setup ## run all tests; a tier whose tools are missing is skipped with the reason (and fails when CI is set)
-	$(PYTEST)
+test: setup ## run all tests (TESTS="FOLDER ..." some); a tier whose tools are missing is skipped with the reason (and fails when CI is set)
+	$(PYTEST) $(TESTS)
 
 .PHONY: test-fast
 test-fast: setup ## run the tests that need no server
