@@ -94,17 +94,12 @@ def save_weights(weights: Weights, path: Path) -> None:
 
 
 def require_images(spec: ModelSpec) -> None:
-    """Raises TargetError for a model that does not tell images apart: no faster form of another is made yet."""
+    """Raises TargetError for a model of texts: no faster form of it is made."""
     if spec.text is not None:
         raise TargetError(
             f"{spec.name} {spec.version} reads texts, whose network takes microseconds, and only models of images are made"
             " faster",
             remedy=f"serve it as it is; marina compress {spec.name}:{spec.version} makes it smaller",
-        )
-    if spec.task != "multi-class":
-        raise TargetError(
-            f"{spec.name} {spec.version} is a {spec.task} model, and faster forms are judged by the share of right classes",
-            remedy="serve it as it is",
         )
 
 

@@ -164,12 +164,13 @@ class EngineSpec:
     files: tuple[EngineFile, ...] = ()
     built_for: BuiltFor
     tolerance: float
-    """Largest absolute difference of any probability from the stored golden ones, which are the plain weights' own."""
+    """Largest absolute difference of any probability from the stored golden ones, which are the plain weights' own; of
+    a value as part of the target's scale."""
     golden_difference: float
     """The largest one seen when the engine was built."""
     own_answers: tuple[tuple[float, ...], ...] = ()
-    """Its own probabilities per golden sample, asked alone, when its accuracy was judged. What its numbers may have
-    changed since is a matter of `OWN_TOLERANCE`. Left out of the file when empty: older code kept none."""
+    """Its own probabilities or values per golden sample, asked alone, when it was judged. What they may have changed since
+    is a matter of `OWN_TOLERANCE`. Left out of the file when empty: older code kept none."""
     accuracy: Accuracy | None = None
     """Null: not measured, only allowed for fp32."""
     measurements: tuple[Measurement, ...] = ()
@@ -245,11 +246,9 @@ def own_golden(golden: Golden, own_answers: Sequence[tuple[float, ...]]) -> Gold
     """
     if not own_answers:
         return None
-    expected = [len(sample.probabilities) for sample in golden.samples]
+    expected = [len(sample.outputs) for sample in golden.samples]
     require([len(row) for row in own_answers] == expected, "own_answers", f"rows of {expected} numbers", own_answers)
-    samples = (
-        dataclasses.replace(sample, probabilities=row) for sample, row in zip(golden.samples, own_answers, strict=True)
-    )
+    samples = (sample.answering(row) for sample, row in zip(golden.samples, own_answers, strict=True))
     return Golden(tolerance=OWN_TOLERANCE, samples=tuple(samples))
 
 

@@ -1,7 +1,7 @@
 """What runs a network: eager float32 torch, which every artifact can fall back to, and the faster forms of `engine.json`.
 
-An engine takes uint8 pixels and gives probabilities, so that normalisation and softmax can be part of its graph. Other
-runtimes than torch are imported when an artifact brings a form for them, and only then.
+An engine takes uint8 pixels and gives what the model answers, so that normalisation and the task's last step can be part
+of its graph. Other runtimes than torch are imported when an artifact brings a form for them, and only then.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class TorchEngine:
         *,
         precision: Precision,
         options: TorchOptions,
+        finish: Finish = softmax,
     ) -> None:
         if precision not in _DTYPES:
             raise SpecError(f"torch's eager mode has no precision {precision}", remedy="optimise the artifact again")
@@ -120,7 +121,7 @@ class TorchEngine:
         weights = torch.float32 if options.autocast else self._dtype
         # torch's annotations know no call with all three.
         self._network = network.to(device=device, dtype=weights).to(memory_format=self._format)
-        self._preprocess, self._device = preprocess, device
+        self._preprocess, self._device, self._finish = preprocess, device, finish
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor, threads: int) -> Tensor:
@@ -131,11 +132,11 @@ class TorchEngine:
         x_BCHW = x_BCHW.contiguous(memory_format=self._format)
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._autocast):
             logits: Tensor = self._network(x_BCHW if self._autocast else x_BCHW.to(self._dtype))
-        return logits.float().softmax(dim=1).cpu()
+        return self._finish(logits.float()).cpu()
 
 
 class OpenVinoEngine:
-    """OpenVINO's CPU plugin on an IR that takes `[B, height, width, C]` uint8 and gives probabilities.
+    """OpenVINO's CPU plugin on an IR that takes `[B, height, width, C]` uint8 and gives answers.
 
     One compiled form per number of threads, made when it is first asked for; they share the IR. The batch size is free:
     measured here, a form with a fixed one is no faster.
@@ -187,7 +188,7 @@ class AotiEngine:
 
 
 def open_engine(
-    form: Form, folder: Path, preprocess: Preprocess, device: torch.device, network: Callable[[], nn.Module]
+    form: Form, folder: Path, spec: ModelSpec, device: torch.device, network: Callable[[], nn.Module]
 ) -> Engine:
     """The engine of `engine.json` in `folder`; `network` builds the plain network for the kind that runs its weights.
 
@@ -201,7 +202,9 @@ def open_engine(
     if form.engine == "aoti":
         (package,) = paths
         return AotiEngine(package, device)
-    return TorchEngine(network(), preprocess, device, precision=form.precision, options=form.options)
+    return TorchEngine(
+        network(), spec.preprocess, device, precision=form.precision, options=form.options, finish=finish(spec)
+    )
 
 
 def use_float32(device: torch.device) -> None:

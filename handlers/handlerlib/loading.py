@@ -110,7 +110,7 @@ def load(folder: Path, device: torch.device) -> LoadedModel:
     if against is not None:
         return _plain(spec, folder, device, engine.rung, against)
     try:
-        opened = engines.open_engine(engine, folder, spec.preprocess, device, lambda: read_network(folder, spec))
+        opened = engines.open_engine(engine, folder, spec, device, lambda: read_network(folder, spec))
     except Exception as error:  # noqa: BLE001 - runtimes raise anything; the plain weights can always answer
         return _plain(spec, folder, device, engine.rung, Obstacle("load", f"{type(error).__name__}: {error}"))
     serving = Serving(

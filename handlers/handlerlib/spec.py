@@ -228,6 +228,12 @@ class GoldenSample:
         """What the model must give, per output index."""
         return self.values or self.probabilities
 
+    def answering(self, outputs: tuple[float, ...]) -> GoldenSample:
+        """The same sample with other answers."""
+        if self.values:
+            return dataclasses.replace(self, values=outputs)
+        return dataclasses.replace(self, probabilities=outputs)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Golden:

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from handlerlib import loading
 from handlerlib.engine_spec import EngineSpec
-from handlerlib.spec import WEIGHTS_FILE, ModelSpec
+from handlerlib.spec import WEIGHTS_FILE, ModelSpec, Task
 from marina import archive, golden, verify
 from marina.archive import Archive
 from marina.errors import ArchiveError
 from support.archives import repack
-from support.engines import forged, write_optimised
+from support.engines import change_engine, forged, write_optimised
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,24 @@ def test_engine_and_plain_weights_are_both_proved(mar: Archive) -> None:
     assert found["engine"]["rung"] == "openvino-int8"
     # The proof over HTTP allows what the engine needs, and no more.
     assert golden.tolerance(mar.path) == found["engine"]["tolerance"] > 1e-4
+
+
+@pytest.mark.parametrize(("task", "rung"), [("multi-label", "openvino-int8"), ("regression", "openvino-fp32")])
+def test_engines_of_the_other_tasks_are_proved_and_held_to_their_own_answers(
+    task: Task, rung: str, handlers: Path, tmp_path: Path
+) -> None:
+    artifact = write_optimised(tmp_path / "artifacts", rung, task=task)
+    report = verify.verify(archive.pack(artifact, handlers=handlers, destination=tmp_path / "store").path)
+    assert report.passed, report.findings
+    served = loading.load(artifact, torch.device("cpu"))
+    assert served.serving.engine == rung
+    found = EngineSpec.load(artifact)
+    assert found is not None
+    units = served.spec.units
+    rows = [[value + 0.2 * unit for value, unit in zip(row, units, strict=True)] for row in found.own_answers]
+    change_engine(artifact, own_answers=tuple(map(tuple, rows)))
+    away = archive.pack(artifact, handlers=handlers, destination=tmp_path / "away")
+    assert "own answers" in findings(verify.verify(away.path))["engine"]
 
 
 def test_an_engine_for_another_machine_is_noted_and_not_refused(mar: Archive, tmp_path: Path) -> None:

@@ -24,9 +24,7 @@ from support.commands import project
 from support.torchserve import running
 from training import pipeline, truth
 from training.config import Recipe, load_recipe
-from training.errors import TargetError
 from training.evaluate import Evaluation
-from training.export import require_images
 from training.judge import Judge
 from training.progress import silent
 from training.sources import png
@@ -215,9 +213,3 @@ def test_a_version_agrees_with_itself_in_a_shadow(served: Served, name: str) -> 
         served.server.inference_url, name, version, version, golden=inputs, recorded=[], live=[]
     )  # fmt: skip
     assert (seen.compared, seen.alike) == (8, 8)
-
-
-def test_only_models_of_classes_are_made_faster(served: Served) -> None:
-    for name in served.artifacts:
-        with pytest.raises(TargetError, match=r"is a (multi-label|regression) model|reads texts"):
-            require_images(ModelSpec.load(served.artifacts[name]))

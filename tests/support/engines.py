@@ -11,7 +11,7 @@ import torch
 
 from handlerlib import loading
 from handlerlib.engine_spec import ENGINE_FILE, EngineSpec, Measurement
-from handlerlib.spec import ModelSpec
+from handlerlib.spec import ModelSpec, Task
 from support.artifacts import write_artifact
 from support.images import pixels
 from training.optimize import judge, publish, rungs
@@ -25,9 +25,11 @@ def photos(count: int, height: int = 16, width: int = 16) -> torch.Tensor:
     return stacked.permute(0, 3, 1, 2).contiguous()
 
 
-def write_optimised(folder: Path, rung: str = "openvino-int8", *, name: str = "tiny") -> Path:
+def write_optimised(
+    folder: Path, rung: str = "openvino-int8", *, name: str = "tiny", task: Task = "multi-class"
+) -> Path:
     """Write `folder/NAME/1.0` as write_artifact does, and `folder/NAME/1.1` with an engine; return the latter."""
-    artifact = write_artifact(folder, name=name)
+    artifact = write_artifact(folder, name=name, task=task)
     spec = ModelSpec.load(artifact)
     built = folder / f"{name}-{rung}"
     draft = rungs.build(rung, loading.read_network(artifact, spec), spec, photos(40), built)
@@ -35,7 +37,9 @@ def write_optimised(folder: Path, rung: str = "openvino-int8", *, name: str = "t
     plain = loading.load(artifact, CPU).engine
     x_NCHW = photos(60)
     reference = judge.answers(plain, x_NCHW, 1)
-    compared = judge.compare(reference, judge.answers(engine, x_NCHW, 1), reference.argmax(dim=1))
+    thresholds = spec.thresholds
+    truth = (reference >= torch.tensor(thresholds)).float() if thresholds else reference.argmax(dim=1)
+    compared = judge.compare(reference, judge.answers(engine, x_NCHW, 1), truth, thresholds)
     golden = judge.golden(engine, spec, artifact, 1)
     tolerance = judge.tolerance(spec, draft.precision, golden.difference)
     assert tolerance is not None
@@ -49,7 +53,7 @@ def write_optimised(folder: Path, rung: str = "openvino-int8", *, name: str = "t
         tolerance=tolerance,
         golden_difference=golden.difference,
         own_answers=golden.answers,
-        accuracy=compared.record(budget=100.0),
+        accuracy=None if task == "regression" else compared.record(budget=100.0),
         measurements=(Measurement(batch=1, threads=1, milliseconds=1.0, reference_milliseconds=2.0),),
     )
     return publish.with_engine(artifact, found, built, folder, run=f"{name}-{rung}")

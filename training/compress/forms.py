@@ -468,7 +468,7 @@ def engine_of(bench: Bench, name: str) -> Engine:
     def network() -> nn.Module:
         return network_of(bench, name)
 
-    return engines.open_engine(packed, folder, bench.spec.preprocess, bench.device, network)
+    return engines.open_engine(packed, folder, bench.spec, bench.device, network)
 
 
 def plain_engine(bench: Bench, network: nn.Module) -> Engine:

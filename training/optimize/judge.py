@@ -37,14 +37,15 @@ class Data:
     x_test_NCHW: Tensor
     """uint8."""
     targets_N: Tensor
-    """int64 class numbers of the test images."""
+    """int64 class numbers of the test images; of labels float32 `[N, labels]`, 1 for those that are there."""
     x_calibration_NCHW: Tensor
     """uint8, of the training split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A rung and the plain weights on the same images."""
+    """A rung and the plain weights on the same images. Accuracy is the share of right classes, of labels that of images
+    all of whose labels are right (exact match)."""
 
     images: int
     reference_accuracy: float
@@ -72,7 +73,7 @@ class Golden:
     """What an engine answers to the golden samples, at the spec's temperature."""
 
     difference: float
-    """The largest one of any probability from the plain weights'; NaN counts as 1."""
+    """The largest one of any probability from the plain weights', of a value as part of its scale; NaN counts as 1."""
     spread: float
     """The largest one between a batch's answer and the engine's own to the same sample alone; NaN counts as 1."""
     answers: tuple[tuple[float, ...], ...]
@@ -86,18 +87,18 @@ def data(artifact: Path, *, root: Path | None, limit: int, report: Report = sile
     """
     spec = ModelSpec.load(artifact)
     dataset = pipeline.splits(artifact, root=root, report=report)
-    wanted = len(dataset.rows["test"]) if limit == 0 else min(limit, len(dataset.rows["test"]))
-    test = list(itertools.islice(dataset.samples("test"), wanted))
+    rows = dataset.rows["test"][: limit or None]
+    test = list(itertools.islice(dataset.samples("test"), len(rows)))
     training = itertools.islice(dataset.samples("train"), CALIBRATION_IMAGES)
     return Data(
         x_test_NCHW=_decoded(test, spec, report),
-        targets_N=torch.tensor([spec.labels.index(sample.label) for sample in test]),
+        targets_N=dataset.targets_N[torch.tensor(rows)],
         x_calibration_NCHW=_decoded(list(training), spec, report),
     )
 
 
 def answers(engine: Engine, x_NCHW: Tensor, threads: int, report: Report = silent) -> Tensor:
-    """Probabilities `[N, classes]` of all images, in batches."""
+    """What an engine answers to all images, `[N, outputs]`, in batches."""
     rows = []
     for start in range(0, len(x_NCHW), _BATCH):
         rows.append(engine(x_NCHW[start : start + _BATCH], threads))
@@ -113,15 +114,17 @@ def golden(engine: Engine, spec: ModelSpec, folder: Path, threads: int) -> Golde
     samples = spec.golden.samples
     encoded = [(folder / sample.file).read_bytes() for sample in samples]
     x_NCHW = imaging.batch(encoded, spec.preprocess, spec.limits)
-    expected_NK = torch.tensor([sample.probabilities for sample in samples])
+    expected_NK, units_K = torch.tensor([sample.outputs for sample in samples]), torch.tensor(spec.units)
     alone_NK = torch.cat([engine(x_NCHW[row : row + 1], threads) for row in range(len(samples))])
     alone_NK = soften(alone_NK, spec.temperature)
     rows = torch.arange(max(_BATCH, len(samples))) % len(samples)
     together_MK = soften(engine(x_NCHW[rows], threads), spec.temperature)
     return Golden(
-        difference=max(_largest(alone_NK - expected_NK), _largest(together_MK - expected_NK[rows])),
-        spread=_largest(together_MK - alone_NK[rows]),
-        answers=tuple(tuple(round(value, 7) for value in row) for row in alone_NK.nan_to_num(nan=1.0).tolist()),
+        difference=max(
+            _largest((alone_NK - expected_NK) / units_K), _largest((together_MK - expected_NK[rows]) / units_K)
+        ),
+        spread=_largest((together_MK - alone_NK[rows]) / units_K),
+        answers=tuple(tuple(float(f"{value:.7g}") for value in row) for row in alone_NK.nan_to_num(nan=1.0).tolist()),
     )
 
 
@@ -141,14 +144,23 @@ def tolerance(spec: ModelSpec, precision: Precision, difference: float) -> float
     return min(round(max(SPARE * difference, _LEAST_TOLERANCE, spec.golden.tolerance), 6), CAPS[precision])
 
 
-def compare(reference_NK: Tensor, candidate_NK: Tensor, targets_N: Tensor) -> Comparison:
+def right(answers_NK: Tensor, targets_N: Tensor, thresholds: Sequence[float] = ()) -> Tensor:
+    """Per image, bool `[N]`: the first class is the true one; with thresholds, all labels are answered as they are."""
+    if not thresholds:
+        return answers_NK.argmax(dim=1) == targets_N
+    return ((answers_NK >= torch.tensor(thresholds)) == targets_N.bool()).all(dim=1)
+
+
+def compare(
+    reference_NK: Tensor, candidate_NK: Tensor, targets_N: Tensor, thresholds: Sequence[float] = ()
+) -> Comparison:
     """Accuracy of both on the same images, and what was lost."""
-    right, still = reference_NK.argmax(dim=1) == targets_N, candidate_NK.argmax(dim=1) == targets_N
-    difference = paired.lost(right, still)
+    before, after = (right(answers_NK, targets_N, thresholds) for answers_NK in (reference_NK, candidate_NK))
+    difference = paired.lost(before, after)
     return Comparison(
         images=len(targets_N),
-        reference_accuracy=float(right.double().mean()),
-        accuracy=float(still.double().mean()),
+        reference_accuracy=float(before.double().mean()),
+        accuracy=float(after.double().mean()),
         loss_points=difference.points,
         interval=(difference.low, difference.high),
     )

@@ -46,6 +46,7 @@ LEAST_GAIN = 1.05
 _DATA_FILE = "data.safetensors"
 _TARGETS_FILE = "targets.safetensors"
 _FAILED_FILE = "dropped.txt"
+_NO_SHARE = "what a model of values loses is no share of right answers"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +113,7 @@ def run(
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        notes = () if (folder / _TARGETS_FILE).exists() else _provide_data(artifact, settings, folder, report)
+        notes = () if (folder / _TARGETS_FILE).exists() else _provide_data(artifact, spec, settings, folder, report)
         reused = (folder / LADDER_FILE).exists()
         outcomes = _climb(artifact, spec, settings, wanted, folder, report)
     except KeyboardInterrupt:
@@ -154,8 +155,7 @@ def gain(outcome: Outcome, objective: Objective) -> float:
     """How many times faster than the plain weights, measured in turns with them.
 
     latency: one image on all cores. throughput: the largest batch that goes through a worker at once, on one thread, as
-    a busy worker has it. both: the
-    geometric mean of the two.
+    a busy worker has it. both: the geometric mean of the two.
     """
     assert outcome.trial is not None
     figures = outcome.trial.measurements
@@ -211,8 +211,10 @@ def _code_digest() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(paths))).hexdigest()
 
 
-def _provide_data(artifact: Path, settings: Settings, folder: Path, report: Report) -> tuple[str, ...]:
+def _provide_data(artifact: Path, spec: ModelSpec, settings: Settings, folder: Path, report: Report) -> tuple[str, ...]:
     """Real images for the children, in one file; or a note why there are none."""
+    if spec.task == "regression":
+        return (f"only lossless rungs are allowed: {_NO_SHARE}",)
     path = folder / _DATA_FILE
     if path.exists():
         return ()
@@ -246,7 +248,7 @@ def _climb(
         if outcome.trial is not None and targets is not None:
             answers = _answers(folder / rung.name)
             reference = answers if reference is None else reference
-            outcome = _judged(outcome, rung, judge.compare(reference, answers, targets), settings)
+            outcome = _judged(outcome, rung, judge.compare(reference, answers, targets, spec.thresholds), settings)
         outcomes.append(outcome)
     report(Step("optimize", len(wanted), len(wanted), ""))
     return tuple(outcomes)
@@ -270,8 +272,12 @@ def _climb_one(
     reason = judge.strays(found.golden.spread) if rung.packed else "it compiles at each start; aoti is its packed form"
     if allowed is None:
         cap = judge.CAPS.get(rung.precision, spec.golden.tolerance)
-        reason = f"a golden probability differs by {found.golden.difference:.2g}, {cap:g} is allowed"
+        reason = f"a golden {_answer(spec)} differs by {found.golden.difference:.2g}, {cap:g} is allowed"
     return Outcome(rung=rung.name, reason=reason, trial=found, tolerance=allowed)
+
+
+def _answer(spec: ModelSpec) -> str:
+    return "value, as a part of its target's scale," if spec.task == "regression" else "probability"
 
 
 def _attempt(artifact: Path, spec: ModelSpec, settings: Settings, rung: Rung, folder: Path, data: Path | None) -> str:
@@ -280,7 +286,7 @@ def _attempt(artifact: Path, spec: ModelSpec, settings: Settings, rung: Rung, fo
     if reason:
         return reason
     if not rung.lossless and data is None:
-        return "its accuracy cannot be judged without test images"
+        return _NO_SHARE if spec.task == "regression" else "its accuracy cannot be judged without test images"
     shutil.rmtree(folder, ignore_errors=True)
     stages: tuple[Literal["build", "trial"], ...] = ("build", "trial")
     try:

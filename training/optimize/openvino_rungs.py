@@ -1,8 +1,9 @@
-"""A network as OpenVINO's intermediate representation: pixels in, probabilities out, in float or in int8.
+"""A network as OpenVINO's intermediate representation: pixels in, answers out, in float or in int8.
 
-Normalisation and softmax are part of the graph, the batch size is free. Int8 is static quantisation after calibration
-(NNCF): weights per output channel, activations per tensor with the ranges that training images showed. It is made with
-and without a correction of biases, and the one is taken that strays less from the float network on other training images.
+Normalisation and the task's last step are part of the graph, the batch size is free. Int8 is static quantisation after
+calibration (NNCF): weights per output channel, activations per tensor with the ranges that training images showed. It is
+made with and without a correction of biases, and the one is taken that strays less from the float network on other
+training images.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handlerlib import tasks
 from handlerlib.engine_spec import ENGINE_FOLDER
 from handlerlib.engines import import_openvino
-from handlerlib.spec import ModelSpec
+from handlerlib.spec import ModelSpec, Task
 
 MODEL_FILE = f"{ENGINE_FOLDER}/model.xml"
 WEIGHTS_FILE = f"{ENGINE_FOLDER}/model.weights"
@@ -36,7 +38,7 @@ _LARGEST_BATCH = 4096
 
 
 def convert(network: nn.Module, spec: ModelSpec) -> Any:
-    """The network (on the CPU) -> `openvino.Model`: uint8 `[?, H, W, C]` to float32 `[?, classes]`."""
+    """The network (on the CPU) -> `openvino.Model`: uint8 `[?, H, W, C]` to float32 answers `[?, outputs]`."""
     openvino = import_openvino()
     shape = spec.architecture
     x_BCHW = torch.zeros(2, shape.channels, shape.height, shape.width)
@@ -44,7 +46,7 @@ def convert(network: nn.Module, spec: ModelSpec) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(
-            _WithSoftmax(network).eval(), (x_BCHW,), dynamic_shapes=({0: batch},), strict=False
+            _Finished(network, spec).eval(), (x_BCHW,), dynamic_shapes=({0: batch},), strict=False
         )
         model = openvino.convert_model(exported)
     preprocess = openvino.preprocess.PrePostProcessor(model)
@@ -55,7 +57,7 @@ def convert(network: nn.Module, spec: ModelSpec) -> Any:
     return preprocess.build()
 
 
-def quantise(model: Any, x_NCHW: Tensor, *, transformer: bool = False) -> Any:
+def quantise(model: Any, x_NCHW: Tensor, task: Task = "multi-class", *, transformer: bool = False) -> Any:
     """A float model of `convert` -> the same in int8, from uint8 training images `[N, C, H, W]`.
 
     NNCF's fast bias correction makes up for what rounded weights add to a layer's mean. It sends the mean of the layer's
@@ -69,7 +71,7 @@ def quantise(model: Any, x_NCHW: Tensor, *, transformer: bool = False) -> Any:
     calibration, held_out = images[:first], images[first:] or images
     expected_NK = answers(model, held_out)
     made = (with_biases(model, calibration, transformer, correct_biases=correct) for correct in (False, True))
-    return min(made, key=lambda candidate: divergence(expected_NK, answers(candidate, held_out)))
+    return min(made, key=lambda candidate: divergence(expected_NK, answers(candidate, held_out), task))
 
 
 def pixels_of(x_NCHW: Tensor) -> list[Any]:
@@ -94,7 +96,7 @@ def with_biases(model: Any, images: Sequence[Any], transformer: bool, *, correct
 
 
 def answers(model: Any, images: Sequence[Any]) -> Tensor:
-    """Probabilities `[N, classes]` of `pixels_of` images."""
+    """What the model answers to `pixels_of` images, `[N, outputs]`."""
     compiled = import_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
 
@@ -106,8 +108,15 @@ def answers(model: Any, images: Sequence[Any]) -> Tensor:
     return torch.cat(list(rows()))
 
 
-def divergence(expected_NK: Tensor, found_NK: Tensor) -> float:
-    """Mean Kullback-Leibler divergence in nats; infinite for answers that are no probabilities."""
+def divergence(expected_NK: Tensor, found_NK: Tensor, task: Task = "multi-class") -> float:
+    """Mean Kullback-Leibler divergence in nats, of labels the sum over them; infinite for what is no probability.
+
+    Raises ValueError for values, which are no probabilities.
+    """
+    if task == "regression":
+        raise ValueError("values have no divergence")
+    if task == "multi-label":
+        expected_NK, found_NK = (torch.cat([p_NK, 1 - p_NK], dim=1) for p_NK in (expected_NK, found_NK))
     log_ratio_NK = expected_NK.clamp_min(_LEAST).log() - found_NK.clamp_min(_LEAST).log()
     divergence = float((expected_NK * log_ratio_NK).sum(dim=1).mean())
     return divergence if math.isfinite(divergence) else math.inf
@@ -127,14 +136,13 @@ def write(model: Any, folder: Path) -> tuple[str, ...]:
     return MODEL_FILE, WEIGHTS_FILE
 
 
-class _WithSoftmax(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+class _Finished(nn.Module):
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.finish = network, tasks.finish(spec)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        answers: Tensor = self.network(x_BCHW).softmax(dim=1)
-        return answers
+        return self.finish(self.network(x_BCHW))
 
 
 def _nncf() -> Any:

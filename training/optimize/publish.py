@@ -117,7 +117,7 @@ def _card(text: str, spec: ModelSpec, parent: ModelSpec, engine: EngineSpec) -> 
         f"Version {parent.version} with the engine `{engine.rung}` ({engine.precision}); the weights are the same and answer"
         " where the engine does not fit the machine.",
         "",
-        *_accuracy(engine),
+        *_accuracy(engine, spec),
         "| batch | threads | ms per image | plain | times faster |",
         "|---|---|---|---|---|",
         *(
@@ -131,7 +131,7 @@ def _card(text: str, spec: ModelSpec, parent: ModelSpec, engine: EngineSpec) -> 
 
 def _report(page: str, parent: ModelSpec, engine: EngineSpec) -> str:
     """The parent's page, which is about the weights, with a sentence first on the engine (in place of an older one)."""
-    said = " ".join(line for line in _accuracy(engine) if line)
+    said = " ".join(line for line in _accuracy(engine, parent) if line)
     note = html.escape(
         f"The figures on this page are those of the plain weights, as in version {parent.version}. Where it fits the"
         f" machine, the engine {engine.rung} ({engine.precision}) answers in their place. {said}"
@@ -140,13 +140,14 @@ def _report(page: str, parent: ModelSpec, engine: EngineSpec) -> str:
     return body.replace("<main>\n", f'<main>\n<p class="warn" id="engine">{note}</p>\n', 1)
 
 
-def _accuracy(engine: EngineSpec) -> list[str]:
+def _accuracy(engine: EngineSpec, spec: ModelSpec) -> list[str]:
     found: Any = engine.accuracy
     if found is None:
         return ["Its accuracy was not measured: it computes in float32 and only the order of sums differs.", ""]
     low, high = found.interval_points
+    what = "Exact matches" if spec.thresholds else "Accuracy"
     return [
-        f"Accuracy on {found.images} test images: {found.engine:.4f}, plain {found.reference:.4f}; lost"
+        f"{what} on {found.images} test images: {found.engine:.4f}, plain {found.reference:.4f}; lost"
         f" {found.loss_points:.2f} percentage points (95 % interval {low:.2f} to {high:.2f}), allowed"
         f" {found.budget_points:g}. No golden probability differs by more than {engine.golden_difference:.4f}.",
         "",

@@ -22,7 +22,7 @@ from handlerlib.engine_spec import (
     Precision,
     TorchOptions,
 )
-from handlerlib.engines import Engine, PlainEngine
+from handlerlib.engines import Engine
 from handlerlib.loading import PLAIN
 from handlerlib.spec import ModelSpec, closest
 from training.errors import RecipeError
@@ -158,7 +158,7 @@ def build(name: str, network: nn.Module, spec: ModelSpec, calibration_NCHW: Tens
         if rung.precision == "int8":
             assert calibration_NCHW is not None
             transformer = openvino_rungs.has_attention(network)
-            model = openvino_rungs.quantise(model, calibration_NCHW, transformer=transformer)
+            model = openvino_rungs.quantise(model, calibration_NCHW, spec.task, transformer=transformer)
         files = openvino_rungs.write(model, folder)
     elif rung.engine == "aoti" and rung.packed:
         files = (torch_rungs.package(network, spec, rung.precision, place, folder),)
@@ -181,10 +181,10 @@ def open_engine(
     """
     rung = find(draft.rung)
     if rung.name == PLAIN:
-        return PlainEngine(network().to(device), spec.preprocess, device)
+        return engines.plain_engine(network().to(device), spec, device)
     if not rung.packed:
         return torch_rungs.CompiledEngine(network(), spec, rung.precision, device)
-    return engines.open_engine(draft, folder, spec.preprocess, device, network)
+    return engines.open_engine(draft, folder, spec, device, network)
 
 
 def _built_for(rung: Rung, device: Device) -> BuiltFor:

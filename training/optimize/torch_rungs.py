@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handlerlib import engines
+from handlerlib import engines, tasks
 from handlerlib.engine_spec import ENGINE_FOLDER, Precision
-from handlerlib.spec import ModelSpec, Preprocess
+from handlerlib.spec import ModelSpec
 
 PACKAGE_FILE = f"{ENGINE_FOLDER}/model.pt2"
 
@@ -21,24 +21,24 @@ _LARGEST_BATCH = 4096
 
 
 class FromPixels(nn.Module):
-    """uint8 `[B, H, W, C]` -> probabilities float32 `[B, classes]`: what a packed graph holds."""
+    """uint8 `[B, H, W, C]` -> what the model answers, float32 `[B, outputs]`: what a packed graph holds."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, preprocess: Preprocess, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, spec: ModelSpec, dtype: torch.dtype) -> None:
         super().__init__()
         # Not channels_last: freezing chooses the layout itself, and with torch 2.14 it gave wrong answers on weights
         # that had been laid out so before (found by the golden gate on a network with one input channel).
         self.network = network.to(dtype)
         self.dtype = dtype
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, -1, 1, 1) * 255.0)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, -1, 1, 1) * 255.0)
+        self.finish = tasks.finish(spec)
+        self.register_buffer("mean", torch.tensor(spec.preprocess.mean).view(1, -1, 1, 1) * 255.0)
+        self.register_buffer("std", torch.tensor(spec.preprocess.std).view(1, -1, 1, 1) * 255.0)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x_BCHW = x_BHWC.permute(0, 3, 1, 2).float().sub(self.mean).div(self.std)
-        answers: Tensor = self.network(x_BCHW.to(self.dtype)).float().softmax(dim=1)
-        return answers
+        return self.finish(self.network(x_BCHW.to(self.dtype)).float())
 
 
 class CompiledEngine:
@@ -47,7 +47,7 @@ class CompiledEngine:
     def __init__(self, network: nn.Module, spec: ModelSpec, precision: Precision, device: torch.device) -> None:
         config: Any = importlib.import_module("torch._inductor.config")
         config.freezing = True
-        module = FromPixels(network, spec.preprocess, _DTYPES[precision])
+        module = FromPixels(network, spec, _DTYPES[precision])
         self._run = torch.compile(module.eval().requires_grad_(False).to(device), dynamic=True)
         self._device = device
 
@@ -63,7 +63,7 @@ def package(network: nn.Module, spec: ModelSpec, precision: Precision, device: t
     """Compile with AOTInductor into `folder/engine/model.pt2`; needs a C++ compiler. Returns the name below `folder`."""
     inductor = importlib.import_module("torch._inductor")
     shape = spec.architecture
-    module = FromPixels(network, spec.preprocess, _DTYPES[precision]).eval().requires_grad_(False).to(device)
+    module = FromPixels(network, spec, _DTYPES[precision]).eval().requires_grad_(False).to(device)
     x_BHWC = torch.zeros(2, shape.height, shape.width, shape.channels, dtype=torch.uint8, device=device)
     batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
     target = folder / PACKAGE_FILE

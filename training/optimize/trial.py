@@ -23,7 +23,6 @@ import torch
 
 from handlerlib import cores, engines, loading
 from handlerlib.engine_spec import BuiltFor, EngineFile, Measurement, Package, TorchOptions
-from handlerlib.engines import PlainEngine
 from handlerlib.errors import MarinaError
 from handlerlib.spec import ModelSpec
 from training import files
@@ -158,7 +157,7 @@ def _try(job: Job) -> None:
     engine(measure.pixels(spec.architecture, 1), all_cores)
     load_seconds, memory = time.perf_counter() - started, _pss() - before
     golden = judge.golden(engine, spec, job.artifact, all_cores)
-    reference = PlainEngine(loading.read_network(job.artifact, spec).to(device), spec.preprocess, device)
+    reference = engines.plain_engine(loading.read_network(job.artifact, spec).to(device), spec, device)
     measurements = measure.times(engine, reference, spec, job.pairs, seconds=job.seconds)
     x_NCHW = _tensor(job, "test")
     if x_NCHW is not None:

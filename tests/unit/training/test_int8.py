@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_how_far_answers_stray_by_hand() -> None:
     found = openvino_rungs.divergence(expected, torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
     assert found == pytest.approx((0.5 * 0.693147 - 0.5 * 0.405465) / 2, abs=1e-6)
     assert openvino_rungs.divergence(expected, torch.full((2, 2), float("nan"))) == float("inf")
+
+
+def test_how_far_labels_stray_by_hand() -> None:
+    """Each label is a coin of its own: (0.5, 1.0) against (0.25, 1.0) is 0.5 ln 2 + 0.5 ln (2/3)."""
+    expected, found = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.25, 1.0]])
+    strays = openvino_rungs.divergence(expected, found, "multi-label")
+    assert strays == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+    assert openvino_rungs.divergence(1 - expected, 1 - found, "multi-label") == pytest.approx(strays, abs=1e-6)
+    with pytest.raises(ValueError, match="values"):
+        openvino_rungs.divergence(expected, found, "regression")
 
 
 def test_one_image_sets_the_ranges_and_judges(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from handlerlib import cores, loading
+from handlerlib import cores, engine_spec, loading
 from handlerlib.engine_spec import EngineSpec, Measurement
-from handlerlib.spec import ModelSpec
+from handlerlib.spec import ModelSpec, Task
 from support.artifacts import write_artifact
 from support.engines import photos
 from training.errors import RecipeError, TargetError
@@ -289,11 +289,33 @@ def test_versions_of_optimised_artifacts(tmp_path: Path) -> None:
     assert json.loads((third / "provenance.json").read_text())["parent"]["version"] == "1.10"
 
 
-def test_openvino_gives_the_networks_own_numbers(tmp_path: Path) -> None:
-    artifact, built = write_artifact(tmp_path), tmp_path / "built"
+@pytest.mark.parametrize("task", get_args(Task))
+@pytest.mark.parametrize("rung", ["openvino-fp32", "torch-folded", "aoti-fp32", "compile-fp32"])
+def test_a_rung_gives_the_tasks_own_answers(rung: str, task: Task, tmp_path: Path) -> None:
+    artifact, built = write_artifact(tmp_path, task=task), tmp_path / "built"
     spec = ModelSpec.load(artifact)
-    network = loading.read_network(artifact, spec)
-    draft = rungs.build("openvino-fp32", network, spec, None, built)
-    engine = rungs.open_engine(draft, built, lambda: network, spec, torch.device("cpu"))
+    draft = rungs.build(rung, loading.read_network(artifact, spec), spec, None, built)
+    engine = rungs.open_engine(draft, built, lambda: loading.read_network(artifact, spec), spec, torch.device("cpu"))
     plain = loading.load(artifact, torch.device("cpu")).engine
     assert torch.allclose(engine(photos(7), 1), plain(photos(7), 1), atol=1e-5)
+    found = judge.golden(engine, spec, artifact, 1)
+    assert max(found.difference, found.spread) < 1e-5
+    own = engine_spec.own_golden(spec.golden, found.answers)
+    assert own is not None
+    assert [sample.outputs for sample in own.samples] == list(found.answers)
+
+
+def test_all_labels_of_an_image_must_be_right() -> None:
+    answers_NK = torch.tensor([[0.4, 0.6], [0.39, 0.6], [0.9, 0.59], [0.0, 0.0]])
+    targets_NK = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert judge.right(answers_NK, targets_NK, (0.4, 0.6)).tolist() == [True, False, True, False]
+
+
+def test_of_values_only_lossless_rungs_are_climbed(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "artifacts", task="regression")
+    settings = Settings(seconds=0.02, batch_size=4, rungs=("torch-folded", "torch-bf16"))
+    found = ladder.run(artifact, settings, runs=tmp_path / "runs", artifacts=tmp_path / "artifacts", report=silent)
+    assert "no share of right answers" in found.notes[0]
+    outcomes = {outcome.rung: outcome for outcome in found.outcomes}
+    assert outcomes["torch-folded"].trial is not None and outcomes["torch-folded"].tolerance is not None
+    assert outcomes["torch-bf16"].trial is None and outcomes["torch-bf16"].reason in found.notes[0]
