@@ -118,6 +118,7 @@ def _trained(home: Home, folder: Path) -> Path:
 
     Forms of forms would each be allowed to lose the budget anew. Raises ArchiveError when it is gone.
     """
+    seen = {folder}
     while (parent := _parent(folder)) is not None:
         places = (home.artifacts / parent["name"] / parent["version"], home.runs / parent["run"])
         found = [place for place in places if _digest(place) == parent["weights_sha256"]]
@@ -126,7 +127,13 @@ def _trained(home: Home, folder: Path) -> Path:
                 f"{_key(folder)} was made from {parent['name']}:{parent['version']}, which is not there any more",
                 remedy=f"to make forms of this form: marina compress {_key(folder)}",
             )
+        if found[0] in seen:
+            raise ArchiveError(
+                f"{_key(folder)} names itself as what it was made from",
+                remedy=f"name the version that was trained: marina compress {folder.parent.name}:VERSION",
+            )
         folder = found[0]
+        seen.add(folder)
     return folder
 
 

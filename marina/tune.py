@@ -49,6 +49,8 @@ _SETTLE_SECONDS = 0.5
 _MEMORY_SHARE = 0.9
 _SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 _RECORD = 2
+_CHECKS = 2
+"""Raised when what counts as a right answer changes: probes that were judged otherwise are not comparable."""
 _CUT_OFF = ('{"probe": ', '{"sustained": ')
 
 Say = Callable[[str], None]
@@ -69,6 +71,8 @@ class Candidate:
     sha256: str
     offered: bool = False
     """Nobody named it: when it does not load it is left out."""
+    check: loadgen.Check | None = None
+    """How its answers are judged: each form of a model has a tolerance of its own. None: by their status alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +228,7 @@ class Stand:
         candidate = next(item for item in task.candidates if item.key == setting.archive)
         self.prepare(setting, candidate)
         scale = _LONGER if turn else 1.0
-        result = self._run(task, Closed(connections=in_flight), scale)
+        result = self._run(task, candidate, Closed(connections=in_flight), scale)
         if result.latency is None and not result.planned:
             raise ClientError(f"{self.name} gave no answer at all", remedy="look at the server's log")
         found = result.latency
@@ -245,7 +249,7 @@ class Stand:
         """Requests at random times."""
         candidate = next(item for item in task.candidates if item.key == setting.archive)
         self.prepare(setting, candidate)
-        return self._run(task, Open(rate=rate, arrivals="poisson"), _LONGER)
+        return self._run(task, candidate, Open(rate=rate, arrivals="poisson"), _LONGER)
 
     def clear(self) -> None:
         """Unregister what we registered, or what a killed run left."""
@@ -309,7 +313,7 @@ class Stand:
     def _status(self) -> ModelStatus:
         return self._management.describe(self.name)
 
-    def _run(self, task: Task, loop: Closed | Open, scale: float) -> Result:
+    def _run(self, task: Task, candidate: Candidate, loop: Closed | Open, scale: float) -> Result:
         scenario = Scenario(
             url=f"{self._inference_url}/predictions/{quote(self.name, safe='')}",
             payloads=task.load.payloads,
@@ -319,7 +323,7 @@ class Stand:
             warm_up=_SETTLE_SECONDS if self._warm else "auto",
             warm_up_limit=20.0,
             timeout=max(10.0, 20 * task.objective_ms / 1e3),
-            check=task.load.check,
+            check=candidate.check,
             server=self._server,
         )
         seen = [0, 0.0]
@@ -486,6 +490,7 @@ def _identity(task: Task) -> dict[str, Any]:
         payloads.update(hashlib.sha256(payload.body).digest())
     return {
         "name": task.name,
+        "checks": _CHECKS,
         "archive": task.candidates[0].sha256,
         "payloads": payloads.hexdigest(),
         "machine": {

@@ -92,6 +92,8 @@ def tune_model(
     else:
         load = load_payloads.from_archive(_stored(folder, f"{name}:{served.version}").path)
     candidates = tune_config.candidates(folder, f"{name}:{served.version}", also or [], rungs=rungs)
+    if load.check is not None:
+        candidates = [tune_config.checked(folder, item, load) for item in candidates]
     start = Setting(
         archive=candidates[0].key,
         workers=max(1, len(served.workers)),

@@ -17,9 +17,10 @@ from typing import Any
 from handlerlib.engine_spec import ENGINE_FILE, ENGINE_FOLDER
 from handlerlib.errors import SpecError
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
-from marina import model_config, store
+from marina import load_payloads, model_config, store
 from marina.archive import BUILD_FILE, CARD_FILE, PROVENANCE_FILE, VERSION_PATTERN
 from marina.errors import ArchiveError
+from marina.load_payloads import Load
 from marina.store import version_key
 from marina.tune import Candidate
 from marina.tune_search import Setting
@@ -94,6 +95,13 @@ def next_version(version: str, taken: set[str]) -> str:
     parts = list(version_key(max(known, key=version_key)))
     parts[-1] += 1
     return ".".join(map(str, parts))
+
+
+def checked(folder: Path, candidate: Candidate, load: Load) -> Candidate:
+    """The candidate with the check that its own archive asks for: its engine's tolerance, its weights' answers. None where
+    its golden samples are not the ones that `load` sends. Raises ArchiveError."""
+    own = load_payloads.from_archive(folder / candidate.file)
+    return dataclasses.replace(candidate, check=own.check if own.payloads == load.payloads else None)
 
 
 def candidates(folder: Path, served: str, also: Sequence[str], *, rungs: bool) -> list[Candidate]:

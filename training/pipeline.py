@@ -106,7 +106,7 @@ def _open(recipe: Recipe, run: Path, artifacts: Path, again: bool, held: context
     held.enter_context(only_one(run))
     # What a group that was started again finds is its own.
     if again and not distributed.restarted():
-        _empty(run)
+        empty(run)
     files.write_text(run / RECIPE_FILE, exporting.to_json(recipe.model_dump(mode="json")))
     return (run / PROVENANCE_FILE).exists()
 
@@ -427,11 +427,12 @@ def only_one(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunBusy(f"another process is training {run}", remedy="wait for it, or stop it") from error
+            raise RunBusy(f"another process is at work in {run}", remedy="wait for it, or stop it") from error
         yield
 
 
-def _empty(run: Path) -> None:
+def empty(run: Path) -> None:
+    """Remove all but the lock, which this process holds."""
     for path in run.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -17,9 +17,11 @@ import torch
 from handlerlib import loading
 from handlerlib.engine_spec import EngineSpec
 from handlerlib.spec import WEIGHTS_FILE, ModelSpec, Task
-from marina import archive, golden, verify
+from marina import archive, golden, load_checks, load_payloads, tune_config, verify
 from marina.archive import Archive
 from marina.errors import ArchiveError
+from marina.loadgen import Check
+from marina.tune import Candidate
 from support.archives import repack
 from support.engines import change_engine, forged, write_optimised
 
@@ -81,6 +83,29 @@ def test_engines_of_the_other_tasks_are_proved_and_held_to_their_own_answers(
     change_engine(artifact, own_answers=tuple(map(tuple, rows)))
     away = archive.pack(artifact, handlers=handlers, destination=tmp_path / "away")
     assert "own answers" in findings(verify.verify(away.path))["engine"]
+
+
+def test_a_tuner_holds_each_form_of_a_model_to_its_own_tolerance(optimised: Path, mar: Archive, handlers: Path) -> None:
+    """By the plain weights' tolerance every answer of a faster engine would be a wrong one."""
+    store = mar.path.parent
+    plain = archive.pack(optimised.parent / "1.0", handlers=handlers, destination=store)
+    load = load_payloads.from_archive(plain.path)
+    forms = [Candidate(key="", file=one.path.name, sha256=one.sha256) for one in (plain, mar)]
+    checks = [tune_config.checked(store, form, load).check for form in forms]
+    assert load.check is not None and checks[0] == load.check
+    engine = EngineSpec.load(optimised)
+    assert engine is not None and checks[1] is not None
+    assert checks[1].settings == {**load.check.settings, "tolerance": engine.tolerance}
+
+    def said(check: Check) -> list[str]:
+        judge = load_checks.probabilities(check.settings)
+        rows = [[{"index": index, "label": "", "probability": value} for index, value in enumerate(row)] for row in own]
+        return [judge(number, json.dumps({"predictions": [row]}).encode()) for number, row in enumerate(rows)]
+
+    own = engine.own_answers
+    assert any(said(load.check)) and not any(said(checks[1]))
+    others = dataclasses.replace(load, payloads=tuple(reversed(load.payloads)))
+    assert tune_config.checked(store, forms[1], others).check is None
 
 
 def test_an_engine_for_another_machine_is_noted_and_not_refused(mar: Archive, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from handlerlib.engine_spec import Accuracy, Dropped, EngineSpec
 from handlerlib.loading import PLAIN
 from handlerlib.spec import SPEC_FILE, WEIGHTS_FILE, ModelSpec
 from handlerlib.worker import rows_at_once
-from training import files
+from training import files, pipeline
 from training.errors import DataError, Interrupted, RecipeError, TargetError
 from training.export import METRICS_FILE, PROVENANCE_FILE, require_images, to_json
 from training.optimize import judge, measure, plots, publish, rungs, trial
@@ -104,14 +104,27 @@ def run(
     """Climb. `again` forgets an earlier run's figures.
 
     Raises TargetError when `artifact` is none, RecipeError when the device or a rung does not exist, ChildFailed when
-    not even the plain weights can be tried, and Interrupted on Ctrl-C.
+    not even the plain weights can be tried, RunBusy when another process climbs the same ladder, and Interrupted on Ctrl-C.
     """
     spec = _read(artifact)
     wanted = _wanted(settings)
     folder = runs / _run_name(artifact, spec, settings, wanted)
-    if again:
-        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    with pipeline.only_one(folder):
+        if again:
+            pipeline.empty(folder)
+        return _run(artifact, spec, settings, wanted, folder, artifacts, report)
+
+
+def _run(
+    artifact: Path,
+    spec: ModelSpec,
+    settings: Settings,
+    wanted: Sequence[Rung],
+    folder: Path,
+    artifacts: Path,
+    report: Report,
+) -> Result:
     try:
         notes = () if (folder / _TARGETS_FILE).exists() else _provide_data(artifact, spec, settings, folder, report)
         reused = (folder / LADDER_FILE).exists()
@@ -224,8 +237,7 @@ def _provide_data(artifact: Path, spec: ModelSpec, settings: Settings, folder: P
         reason = f"a record of its origin is missing: {error}" if isinstance(error, KeyError) else str(error)
         return (f"only lossless rungs are allowed, because there are no test images: {reason}",)
     tensors = {"test": found.x_test_NCHW, "targets": found.targets_N, "calibration": found.x_calibration_NCHW}
-    for earlier in folder.iterdir():  # of a run that had no images
-        shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink()
+    pipeline.empty(folder)  # of a run that had no images
     files.write(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
     return ()
 

@@ -24,8 +24,9 @@ _CONFIG_FILE = "model-config.yaml"
 def with_engine(artifact: Path, engine: EngineSpec, built: Path, artifacts: Path, *, run: str) -> Path:
     """Write `artifacts/NAME/VERSION` with the artifact's files and the engine whose files lie in `built`.
 
-    `run` names what made the engine. The version that already holds this very engine is written again, otherwise it is
-    the one after the newest. The parent is recorded in `provenance.json`; its engine, if it has one, is replaced.
+    `run` names what made the engine. A version that already holds this very engine, with the artifact's configuration, is
+    returned as it is: it may be served. Otherwise it is the one after the newest. The parent is recorded in
+    `provenance.json`; its engine, if it has one, is replaced.
     """
     parent = ModelSpec.load(artifact)
     origin = json.loads((artifact / PROVENANCE_FILE).read_text(encoding="utf-8"))
@@ -37,7 +38,11 @@ def with_engine(artifact: Path, engine: EngineSpec, built: Path, artifacts: Path
         "run": run,
     }
     with files.locked(artifacts / parent.name):
-        spec = dataclasses.replace(parent, version=_version(artifacts / parent.name, engine, run))
+        versions = artifacts / parent.name
+        for version in published(versions):
+            if _holds(versions / version, engine, run) and _config(versions / version) == _config(artifact):
+                return versions / version
+        spec = dataclasses.replace(parent, version=following(versions))
         return _write(artifact, spec, parent, origin, engine, built, artifacts)
 
 
@@ -80,9 +85,8 @@ def _write(
     return target
 
 
-def _version(folder: Path, engine: EngineSpec, run: str) -> str:
-    mine = (version for version in published(folder) if _holds(folder / version, engine, run))
-    return next(mine, following(folder))
+def _config(folder: Path) -> bytes | None:
+    return (folder / _CONFIG_FILE).read_bytes() if (folder / _CONFIG_FILE).is_file() else None
 
 
 def _holds(folder: Path, engine: EngineSpec, run: str) -> bool:
@@ -91,7 +95,7 @@ def _holds(folder: Path, engine: EngineSpec, run: str) -> bool:
         same = (folder / ENGINE_FILE).read_text(encoding="utf-8") == engine.to_json()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(made_by == run) and same
+    return bool(made_by == run) and same and engine_spec.files_obstacle(engine, folder) is None
 
 
 def _metrics(engine: EngineSpec) -> dict[str, float]:

@@ -25,7 +25,7 @@ from handlerlib import cores, engines, loading
 from handlerlib.engine_spec import BuiltFor, EngineFile, Measurement, Package, TorchOptions
 from handlerlib.errors import MarinaError
 from handlerlib.spec import ModelSpec
-from training import files
+from training import files, lifeline
 from training.optimize import judge, measure, rungs
 from training.optimize.judge import Golden
 from training.optimize.rungs import Draft
@@ -88,10 +88,16 @@ def run(job: Job) -> None:
     }
     log = job.folder / f"{job.what}.log"
     command = [sys.executable, "-m", "training.optimize.trial", str(path)]
-    with log.open("wb") as stream:
+    with log.open("wb") as stream, lifeline.held() as pipe:
         try:
             done = subprocess.run(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=CHILD_SECONDS, check=False
+                command,
+                env=environment,
+                stdin=pipe,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=CHILD_SECONDS,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise ChildFailed(f"no result within {CHILD_SECONDS:.0f} s") from None
@@ -125,7 +131,8 @@ def read_trial(folder: Path) -> Trial:
 
 
 def main(path: Path) -> None:
-    """The child's own program."""
+    """The child's own program; it ends with the process that started it."""
+    lifeline.follow()
     value = json.loads(path.read_text(encoding="utf-8"))
     job = Job(
         **value

@@ -300,7 +300,8 @@ def test_a_measurement_lasts_until_there_is_an_answer() -> None:
     try:
         stand = Stand(url, url, "m", print)
         stand._warm = True  # no long search for steadiness
-        result = stand._run(dataclasses.replace(task(), probe_seconds=0.1), Closed(connections=2), 1.0)
+        wanted = dataclasses.replace(task(), probe_seconds=0.1)
+        result = stand._run(wanted, wanted.candidates[0], Closed(connections=2), 1.0)
     finally:
         server.shutdown()
         server.server_close()

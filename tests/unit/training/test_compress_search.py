@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +219,17 @@ def test_an_optimised_version_is_compressed_from_what_it_was_made_from(
     with pytest.raises(ArchiveError, match=r"ink:1.20 was made from ink:1.0, which is not there any more") as caught:
         compress_cli._what(quiet, place, "ink")
     assert "marina compress ink:1.20" in caught.value.remedy
+
+
+def test_an_artifact_that_names_itself_as_its_parent_is_refused(home: Path, tmp_path: Path) -> None:
+    place = Home(tmp_path)
+    folder = Path(shutil.copytree(home / "artifacts" / "ink" / "1.0", place.artifacts / "ink" / "1.0"))
+    origin = json.loads((folder / "provenance.json").read_text())
+    digest = sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    origin["parent"] = {"name": "ink", "version": "1.0", "weights_sha256": digest, "by": "optimize", "run": "a"}
+    (folder / "provenance.json").write_text(json.dumps(origin))
+    with pytest.raises(ArchiveError, match=r"ink:1.0 names itself as what it was made from"):
+        compress_cli._what(Screen(as_json=True), place, "ink")
 
 
 def test_a_budget_that_nothing_meets_keeps_nothing(

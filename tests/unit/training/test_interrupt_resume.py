@@ -192,7 +192,7 @@ def test_two_processes_do_not_train_the_same_run(recipe: Recipe, run: RunRecipe)
 
     def report(step: Step) -> None:
         if step.phase == "train" and step.done == 1 and not refused:
-            with pytest.raises(RunBusy, match="another process is training") as caught:
+            with pytest.raises(RunBusy, match="another process is at work in") as caught:
                 run(recipe)
             refused.append(str(caught.value))
 

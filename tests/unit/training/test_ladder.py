@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
+import psutil
 import pytest
 import torch
 
@@ -17,7 +23,9 @@ from handlerlib.engine_spec import EngineSpec, Measurement
 from handlerlib.spec import ModelSpec, Task
 from support.artifacts import write_artifact
 from support.engines import photos
-from training.errors import RecipeError, TargetError
+from support.torchserve import eventually
+from training import pipeline
+from training.errors import RecipeError, RunBusy, TargetError
 from training.optimize import judge, ladder, publish, rungs, trial
 from training.optimize.ladder import Outcome, Settings
 from training.optimize.trial import ChildFailed, Job, Trial
@@ -241,6 +249,47 @@ def test_a_real_climb_without_images_allows_lossless_rungs_alone(tmp_path: Path)
     assert dataclasses.replace(again, reused=False) == result
 
 
+def test_two_climbs_of_one_ladder_do_not_write_into_each_other(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    places = {"runs": tmp_path / "runs", "artifacts": tmp_path, "report": silent}
+    settings = Settings(seconds=0.02, batch_size=4, rungs=("torch-folded",))
+    found = ladder.run(artifact, settings, **places)
+    with pipeline.only_one(found.run), pytest.raises(RunBusy, match="another process is at work in"):
+        ladder.run(artifact, settings, again=True, **places)
+    assert (found.run / "ladder.json").exists()
+    fresh = ladder.run(artifact, settings, again=True, **places)
+    assert fresh.run == found.run and not fresh.reused
+
+
+def test_a_child_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """It reads a golden sample that is a pipe without an end when whoever started it is killed."""
+    artifact, folder = write_artifact(tmp_path), tmp_path / "run"
+    spec = ModelSpec.load(artifact)
+    draft = rungs.build("torch-folded", loading.read_network(artifact, spec), spec, None, folder)
+    folder.mkdir()
+    (folder / "draft.json").write_text(json.dumps(dataclasses.asdict(draft)))
+    sample = artifact / spec.golden.samples[0].file
+    sample.unlink()
+    os.mkfifo(sample)
+    job = ladder._job("trial", rungs.find("torch-folded"), artifact, spec, folder, None, Settings())
+    code = f"import pickle; from training.optimize import trial; trial.run(pickle.loads({pickle.dumps(job)!r}))"
+    pipes: list[int] = []
+
+    def reading() -> bool:
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            pipes.append(os.open(sample, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(pipes)
+
+    with subprocess.Popen([sys.executable, "-c", code]) as starter:
+        eventually(reading, "the child reads its golden sample", seconds=120)
+        (child,) = psutil.Process(starter.pid).children()
+        starter.kill()
+    try:
+        child.wait(timeout=60)
+    finally:
+        os.close(pipes[0])
+
+
 def test_a_rung_whose_process_fails_says_why(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path)
     (artifact / "weights.safetensors").write_bytes(b"")
@@ -277,6 +326,14 @@ def test_versions_of_optimised_artifacts(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     other = publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-2")
     assert other.name == "1.11"
+    # Neither that version's own artifact nor one that somebody tuned changes what is published.
+    assert publish.with_engine(first, engine, built, tmp_path, run="optimize-tiny-1") == first
+    (first / "model-config.yaml").write_text("minWorkers: 2\n")
+    assert publish.with_engine(first, engine, built, tmp_path, run="optimize-tiny-1") == first
+    untuned = publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-1")
+    assert untuned.name == "1.12" and (first / "model-config.yaml").read_text() == "minWorkers: 2\n"
+    assert publish.with_engine(artifact, engine, built, tmp_path, run="optimize-tiny-1") == untuned
+    assert json.loads((first / "provenance.json").read_text())["parent"]["version"] == "1.0"
     write_artifact(tmp_path, version="2.0")
     assert publish.following(tmp_path / "tiny") == "2.1"
     # Optimised again, its engine and the section on its card are replaced, not added.
