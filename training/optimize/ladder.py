@@ -294,11 +294,13 @@ def _answer(spec: ModelSpec) -> str:
 
 def _attempt(artifact: Path, spec: ModelSpec, settings: Settings, rung: Rung, folder: Path, data: Path | None) -> str:
     """Build and try; why it could not be done, or nothing."""
+    if not rung.lossless and spec.task == "regression":
+        return _NO_SHARE
     reason = rungs.missing(rung, settings.device, calibration=data is not None)
     if reason:
         return reason
     if not rung.lossless and data is None:
-        return _NO_SHARE if spec.task == "regression" else "its accuracy cannot be judged without test images"
+        return "its accuracy cannot be judged without test images"
     shutil.rmtree(folder, ignore_errors=True)
     stages: tuple[Literal["build", "trial"], ...] = ("build", "trial")
     try:
@@ -394,7 +396,8 @@ def _remarks(outcomes: Sequence[Outcome], chosen: Outcome | None, settings: Sett
         return ()
     return (
         f"{found.images} test images do not prove that {chosen.rung} stays within {settings.budget:g} points: it lost"
-        f" {found.loss_points:.2f}, the 95 % interval reaches {found.interval_points[1]:.2f}; more images: --limit 0",
+        f" {found.loss_points:.2f}, the 95 % interval reaches {found.interval_points[1]:.2f}"
+        + ("; more images: --limit 0" if found.images == settings.limit else ""),
     )
 
 
