@@ -155,20 +155,18 @@ def compare(
     assert names == theirs, "compare() needs the same samples in the same order"
     pairs = list(zip(reference.predictions, served.predictions, strict=True))
     if spec.task != "multi-class":
-        return _compare_outputs(reference, served, spec, complete=complete)
+        return _compare_outputs(reference, served, spec, engine, complete=complete)
     if complete:
         largest = float(np.abs(np.exp(reference.log_NK) - np.exp(served.log_NK)).max(initial=0.0))
     else:
         largest = max((abs(one.probability - other.probability) for one, other in pairs), default=0.0)
     right = [torch.tensor([one.predicted == one.label for one in side.predictions]) for side in (reference, served)]
     lost = paired.lost(*right)
-    if engine is not None and engine.precision != "fp32" and engine.accuracy is not None:
-        budget = engine.accuracy.budget_points
-        differs, allowed = lost.low > budget, f"{budget:g} points of accuracy, for the engine {engine.rung}"
-    else:
-        tolerance = max(spec.golden.tolerance, engine.tolerance if engine else 0.0)
-        # Written so that a NaN differs too.
-        differs, allowed = not largest <= tolerance + _ROUNDING, f"{tolerance:g} in any probability"
+    tolerance = _tolerance(spec, engine)
+    # Written so that a NaN differs too.
+    differs, allowed = not largest <= tolerance + _ROUNDING, f"{tolerance:g} in any probability"
+    if engine is not None and _is_lossy(engine):
+        differs, allowed = _beyond_budget(lost, engine, "accuracy")
     return Comparison(
         samples=len(pairs),
         changed=sum(one.predicted != other.predicted for one, other in pairs),
@@ -180,14 +178,32 @@ def compare(
     )
 
 
-def _compare_outputs(reference: Evaluation, served: Evaluation, spec: ModelSpec, *, complete: bool) -> Comparison:
-    """Of labels or values: every output decides, with the tolerance of the golden samples; where the answers are not
-    complete, those that were named."""
+def _tolerance(spec: ModelSpec, engine: EngineSpec | None) -> float:
+    return max(spec.golden.tolerance, engine.tolerance if engine else 0.0)
+
+
+def _is_lossy(engine: EngineSpec) -> bool:
+    return engine.precision != "fp32" and engine.accuracy is not None
+
+
+def _beyond_budget(lost: paired.Lost, engine: EngineSpec, of: str) -> tuple[bool, str]:
+    assert engine.accuracy is not None
+    budget = engine.accuracy.budget_points
+    return lost.low > budget, f"{budget:g} points of {of}, for the engine {engine.rung}"
+
+
+def _compare_outputs(
+    reference: Evaluation, served: Evaluation, spec: ModelSpec, engine: EngineSpec | None, *, complete: bool
+) -> Comparison:
+    """The same of labels, whose accuracy is the share of exact matches, and of values; where the answers are not
+    complete, those that were named decide."""
     off_NK = np.abs(reference.outputs_NK - served.outputs_NK) / np.asarray(spec.units)
     if not complete:
         off_NK = np.where(served.outputs_NK != 0, off_NK, 0.0)
     largest = float(off_NK.max(initial=0.0))
-    tolerance = spec.golden.tolerance
+    tolerance = _tolerance(spec, engine)
+    # Written so that a NaN differs too.
+    differs = not largest <= tolerance + _ROUNDING
     interval: tuple[float, float] | None = None
     if spec.task == "regression":
         changed = int((off_NK > tolerance + _ROUNDING).any(axis=1).sum())
@@ -201,6 +217,8 @@ def _compare_outputs(reference: Evaluation, served: Evaluation, spec: ModelSpec,
         )
         points, interval = lost.points, (lost.low, lost.high)
         allowed = f"{tolerance:g} in any probability"
+        if engine is not None and _is_lossy(engine):
+            differs, allowed = _beyond_budget(lost, engine, "exact matches")
     return Comparison(
         samples=len(reference.predictions),
         changed=changed,
@@ -208,7 +226,6 @@ def _compare_outputs(reference: Evaluation, served: Evaluation, spec: ModelSpec,
         lost_points=points,
         lost_interval=interval,
         allowed=allowed,
-        # Written so that a NaN differs too.
-        differs=not largest <= tolerance + _ROUNDING,
+        differs=differs,
         task=spec.task,
     )

@@ -11,9 +11,9 @@ import pytest
 from handlerlib.engine_spec import Accuracy, BuiltFor, EngineSpec
 from handlerlib.spec import ModelSpec
 from support.artifacts import write_artifact
-from training import scoring
+from training import scoring, truth
 from training.errors import DataError
-from training.evaluate import Evaluation, figures
+from training.evaluate import Evaluation, answers, figures
 
 LABELS = ("a", "b", "c")
 
@@ -125,6 +125,31 @@ def test_an_engine_of_lower_precision_is_judged_by_its_accuracy(spec: ModelSpec)
     assert found.differs
     assert (found.changed, found.lost_points) == (10, 5.0)
     assert not scoring.compare(one, worse, spec, engine("int8", budget=10)).differs
+
+
+def test_an_engine_for_labels_is_judged_by_its_exact_matches(tmp_path: Path) -> None:
+    labels = ModelSpec.load(write_artifact(tmp_path, task="multi-label"))
+    names, true = [str(number) for number in range(200)], [truth.of_labels({labels.labels[0]}, labels.labels)] * 200
+
+    def answered(*rows: list[float]) -> Evaluation:
+        return answers(labels, names, true, np.array(rows * (200 // len(rows))))
+
+    sure, doubting = answered([0.9, 0.1, 0.1]), answered([0.7, 0.3, 0.3])
+    assert not scoring.compare(sure, doubting, labels, engine("int8")).differs
+    assert scoring.compare(sure, doubting, labels, engine("fp32")).differs
+    assert scoring.compare(sure, doubting, labels, None).differs
+    found = scoring.compare(sure, answered([0.7, 0.3, 0.3], [0.3, 0.3, 0.3]), labels, engine("int8"))
+    assert found.differs and found.lost_points == 50
+    assert found.allowed == "0.5 points of exact matches, for the engine torch-int8"
+
+
+def test_an_engine_for_values_is_held_to_its_own_tolerance(tmp_path: Path) -> None:
+    values = ModelSpec.load(write_artifact(tmp_path, task="regression"))
+    true_NK = np.array([[0.0, 10.0, 20.0], [1.0, 11.0, 21.0]])
+    true = [truth.of_values(row) for row in true_NK.tolist()]
+    one, other = (answers(values, ["a", "b"], true, true_NK + off) for off in (0.0, 0.001))
+    assert scoring.compare(one, other, values, None).differs
+    assert not scoring.compare(one, other, values, engine("fp32", tolerance=1e-3)).differs
 
 
 def test_a_wrong_number_is_a_difference(spec: ModelSpec) -> None:
