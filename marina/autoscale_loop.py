@@ -339,17 +339,21 @@ class Autoscaler:
                 self._measure(version, statuses[other], now)
         if known.cost is None:
             return None, ""
-        loading = sum(
-            (len(statuses[other].workers) - statuses[other].ready_workers) * version.cost.host
+        under_way = [
+            (len(statuses[other].workers) - statuses[other].ready_workers, version.cost)
             for other, version in self._versions.items()
             if other in statuses and version.cost is not None
+        ]
+        loading = Cost(
+            host=sum(count * cost.host for count, cost in under_way),
+            gpu=sum(count * cost.gpu for count, cost in under_way),
         )
         free = autoscale_memory.free(
             budget=self._budget, workers=[worker.pid for worker in workers], on_gpu=known.cost.gpu > 0
         )
         words = f"a worker takes {known.cost}; {free}"
-        if loading:
-            words += f", {loading / 2**20:.0f} MiB of it for workers that load"
+        if loading != autoscale_memory.NOTHING:
+            words += f", {loading} of it for workers that load"
         return free.room(known.cost, loading=loading), words
 
     def _measure(self, version: _Version, status: ModelStatus, now: float) -> None:
@@ -429,15 +433,10 @@ class Autoscaler:
             self._measure(known, status, time.monotonic())
         with contextlib.ExitStack() as held:
             parking = held.enter_context(Parking(self._url, *key))
-            if not parking.supported():
-                if key not in self._cannot_park:
-                    self._cannot_park.add(key)
-                    self._log.note(
-                        f"autoscale: {key[0]} {key[1]} is never scaled down: its handler cannot say when it is idle",
-                        level="WARN",
-                    )
-                return False
             try:
+                if not parking.supported(within=PARK_SECONDS):
+                    self._tell_kept(key)
+                    return False
                 parking.park(surplus, within=PARK_SECONDS)
             except TimedOut:
                 return False
@@ -457,6 +456,15 @@ class Autoscaler:
                 raise
             end_left_over(surplus)
         return True
+
+    def _tell_kept(self, key: Key) -> None:
+        """Once."""
+        if key not in self._cannot_park:
+            self._cannot_park.add(key)
+            self._log.note(
+                f"autoscale: {key[0]} {key[1]} is never scaled down: its handler cannot say when it is idle",
+                level="WARN",
+            )
 
     def _forget(self, key: Key) -> None:
         known = self._versions.pop(key)

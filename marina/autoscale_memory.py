@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,9 @@ class Cost:
         return f"{self.host / _MIB:.0f} MiB{gpu}"
 
 
+NOTHING = Cost(host=0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
     """One GPU at one moment, in bytes."""
@@ -56,12 +60,13 @@ class Free:
     budget: int | None = None
     """What is left of the budget that was set for all workers; None: none was set."""
 
-    def room(self, cost: Cost, *, loading: int = 0) -> int:
-        """Further workers of this cost, beside `loading` bytes that workers under way will still take."""
-        host = min(self.host, self.budget if self.budget is not None else self.host) - loading
+    def room(self, cost: Cost, *, loading: Cost = NOTHING) -> int:
+        """Further workers of this cost, beside what workers under way will still take: on one GPU, all of them at worst."""
+        host = min(self.host, self.budget if self.budget is not None else self.host) - loading.host
         rooms = [host // cost.host if cost.host else 0]
         if cost.gpu and self.gpus:
-            rooms.append(min(gpu.free for gpu in self.gpus) // cost.gpu * len(self.gpus))
+            least = min(gpu.free for gpu in self.gpus)
+            rooms.append(max(0, least - loading.gpu) // cost.gpu * len(self.gpus))
         return max(0, min(rooms))
 
     def __str__(self) -> str:
@@ -96,13 +101,20 @@ def free(*, budget: int = 0, workers: Sequence[int] = (), on_gpu: bool = False) 
 
 
 def gpus() -> list[Gpu]:
-    """What nvidia-smi says of each GPU; none without it."""
+    """What nvidia-smi says of each GPU that workers can use; none without it."""
     found = []
-    for line in _nvidia("--query-gpu=memory.free,memory.total"):
+    for number, line in enumerate(_nvidia("--query-gpu=memory.free,memory.total")):
         with contextlib.suppress(ValueError):
             left, total = (int(part) * _MIB for part in line.split(","))
-            found.append(Gpu(free=left, total=total))
+            if _is_visible(number):
+                found.append(Gpu(free=left, total=total))
     return found
+
+
+def _is_visible(number: int) -> bool:
+    """By CUDA_VISIBLE_DEVICES, which nvidia-smi does not heed; as in TorchServe, an empty one names none and hides none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return not visible or str(number) in [part.strip() for part in visible.split(",")]
 
 
 def _reserved(gpu: Gpu) -> Gpu:

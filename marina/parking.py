@@ -20,12 +20,17 @@ from urllib.parse import quote, urlsplit
 
 import psutil
 
-from marina.errors import TimedOut
+from marina.client import WorkerStatus
+from marina.errors import ClientError, TimedOut, Unreachable
 
 ASKED = "park-"
 PARKED = "parked-"
 """Files in the worker's temp folder, followed by its process id: asked for by us, renamed by the worker."""
-_SUPPORTED_SECONDS = 10.0
+RUN_THERE = "run the command where the workers run, as the user that serves: ssh HOST marina ... (hosts.X.ssh)"
+_NOT_ASKED = (b'"ServiceUnavailableException"', b'"Worker died')
+"""In TorchServe's answer when no handler has given one: the queue is full, or that worker has just ended."""
+_FULL_SECONDS = 0.1
+"""Until a full queue is asked for room again."""
 _POLL_SECONDS = 0.005
 
 
@@ -40,22 +45,44 @@ class Parking:
         self._files: list[Path] = []
         self._sent: list[HTTPConnection] = []
 
-    def supported(self) -> bool:
-        """Whether the version's handler knows how to park; False also when it does not say so in time."""
-        connection = HTTPConnection(*self._address, timeout=_SUPPORTED_SECONDS)
+    def supported(self, *, within: float) -> bool:
+        """Whether the version's handler knows how to park.
+
+        Raises TimedOut when it is too busy to say so in time, and Unreachable when the server is not there.
+        """
+        deadline = time.monotonic() + within
+        while (left := deadline - time.monotonic()) > 0:
+            answer = self._described(left)
+            if answer and not any(words in answer for words in _NOT_ASKED):
+                return _parks(answer)
+            time.sleep(min(left, _FULL_SECONDS))
+        raise TimedOut(
+            f"{self._what} did not say within {within:.0f} s whether its workers can be emptied: it is too busy",
+            remedy="its queue is long or a worker hangs: see marina status, and try again later",
+        )
+
+    def _described(self, seconds: float) -> bytes:
+        """TorchServe's answer; empty when there was none in time."""
+        connection = HTTPConnection(*self._address, timeout=seconds)
         try:
             connection.request("GET", self._path)
-            (found,) = json.loads(connection.getresponse().read())
-            return bool(found["customizedMetadata"].get("parks"))
-        except (OSError, HTTPException, ValueError, LookupError, AttributeError, TypeError):
-            return False
+            return connection.getresponse().read()
+        except TimeoutError:
+            return b""
+        except (OSError, HTTPException) as error:
+            raise Unreachable(
+                f"the connection broke to {':'.join(map(str, self._address))}", remedy="is the server up?"
+            ) from error
         finally:
             connection.close()
 
     def park(self, pids: Sequence[int], *, within: float) -> None:
-        """Return when each of these workers holds nothing but a request of ours. Raises TimedOut."""
+        """Return when each of these workers holds nothing but a request of ours. One that has ended holds nothing.
+
+        Raises TimedOut, and ClientError when one of them is a process that we cannot ask.
+        """
         deadline = time.monotonic() + within
-        parked = [self._ask(folder, pid) for pid in pids if (folder := temp_folder(pid)) is not None]
+        parked = [self._ask(folder, pid) for pid in pids if (folder := _temp_folder(pid)) is not None]
         while waiting := [path for path in parked if not path.exists()]:
             if time.monotonic() > deadline:
                 raise TimedOut(
@@ -98,9 +125,40 @@ class Parking:
             self._sent.append(connection)
 
 
-def temp_folder(pid: int) -> Path | None:
-    """Where a worker of this machine keeps its temporary files; None when it runs no more."""
+def _parks(body: bytes) -> bool:
+    try:
+        (found,) = json.loads(body)
+        return bool(found["customizedMetadata"].get("parks"))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return False
+
+
+def folder_of(worker: WorkerStatus) -> Path | None:
+    """The temp folder of a worker that is a process of this machine and this user; None of every other, and of one that
+    has ended.
+
+    The management interface's process ids may be another machine's, or another container's: the same number is some other
+    process here. A worker's own process has its number in the name of its socket, or listens at that port
+    (use_native_io=false).
+    """
+    try:
+        folder = _temp_folder(worker.pid)
+        found = folder is not None and ((folder / f".ts.sock.{worker.id}").exists() or _listens(worker))
+    except (ClientError, psutil.Error, OSError):
+        return None
+    return folder if found else None
+
+
+def _listens(worker: WorkerStatus) -> bool:
+    connections = psutil.Process(worker.pid).net_connections("tcp")
+    return any(item.status == psutil.CONN_LISTEN and str(item.laddr.port) == worker.id for item in connections)
+
+
+def _temp_folder(pid: int) -> Path | None:
+    """Where a worker keeps its temporary files; None when it runs no more. Raises ClientError when it does not say."""
     try:
         return Path(psutil.Process(pid).environ()["TMPDIR"])
-    except (psutil.Error, KeyError, ValueError):
+    except (psutil.NoSuchProcess, ValueError):  # no process has a negative number
         return None
+    except (psutil.AccessDenied, KeyError) as error:
+        raise ClientError(f"process {pid} is not a worker that this user can reach", remedy=RUN_THERE) from error

@@ -27,7 +27,9 @@ SOCKET_PATH_LIMIT = 100
 _LEFT_OVER_SECONDS = 5.0
 _PRIORITY_SECONDS = 5.0
 _PREFIX = "marina-"
-_LOCK_FILE = "in-use"
+_MARKER = "locked"
+"""Empty; it comes after the lock on its folder. Where `in-use` lies instead, that file is locked, not the folder."""
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 # Runs before java, in a process of its own: preexec_fn is unsafe in a process with threads. The signal follows the
 # death of the thread that started us, so `spawn` must be called from a thread that lives as long as the child.
@@ -130,7 +132,7 @@ def end_left_over(pids: Iterable[int]) -> None:
     """Make sure of the end of idle workers that TorchServe has taken from its list, and should have ended."""
     processes = []
     for pid in pids:
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, ValueError):
             processes.append(psutil.Process(pid))
     _, alive = psutil.wait_procs(processes, timeout=_LEFT_OVER_SECONDS)
     for process in alive:
@@ -207,9 +209,10 @@ def private_folder(root: Path | None = None) -> tuple[Path, int]:
             f"the temp folder {base} has too long a path for a Unix socket",
             remedy="set TMPDIR to a short one, e.g. /tmp",
         )
-    lock = os.open(folder / f"{_LOCK_FILE}.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    # On the folder itself: systemd-tmpfiles(8) leaves alone what it finds locked so, however old its files are.
+    lock = os.open(folder, _FOLDER_FLAGS)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    (folder / f"{_LOCK_FILE}.new").rename(folder / _LOCK_FILE)
+    (folder / _MARKER).touch(mode=0o600)
     return folder, lock
 
 
@@ -226,19 +229,14 @@ def remove_folder(folder: Path, lock: int) -> None:
 
 def _sweep(base: Path) -> None:
     """Remove the folders whose lock nobody holds: their process was killed."""
-    for stale in base.glob(f"{_PREFIX}*/{_LOCK_FILE}"):
-        try:
-            lock = os.open(stale, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            pass
-        else:
-            shutil.rmtree(stale.parent, ignore_errors=True)
-        finally:
-            os.close(lock)
+    for marker in base.glob(f"{_PREFIX}*/{_MARKER}"):
+        with contextlib.suppress(OSError):
+            lock = os.open(marker.parent, _FOLDER_FLAGS)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(marker.parent, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _signal_group(group: int, number: signal.Signals) -> bool:

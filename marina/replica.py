@@ -19,11 +19,11 @@ import requests
 
 from marina import shadow
 from marina import store as model_store
-from marina.client import InferenceClient, ManagementClient, ModelStatus
+from marina.client import InferenceClient, ManagementClient, ModelStatus, WorkerStatus
 from marina.errors import ArchiveError, ClientError, Refused, TimedOut
 from marina.golden import inputs as golden_inputs
 from marina.golden import prove
-from marina.parking import Parking, temp_folder
+from marina.parking import RUN_THERE, Parking, folder_of
 from marina.processes import end_left_over
 from marina.server import ServedModel
 from marina.serving import NotServed
@@ -39,6 +39,8 @@ _KEPT_SECONDS = 5.0
 """How long a version that stays loaded is waited for; whoever asks for it by its number is answered all the same."""
 _RESTART_SECONDS = 6.0
 """How long a dead worker may take to be started again by TorchServe before a change of their number goes another way."""
+_NOTICE_SECONDS = 2.0
+"""By when TorchServe has noticed the end of a worker's process."""
 _CAUSE_SECONDS = 3.0
 """A dead worker's last words arrive after TorchServe's answer."""
 
@@ -143,27 +145,28 @@ class LocalReplica:
         surplus = found.workers[workers:]  # TorchServe ends the newest first
         with self._parking(found) as parking:
             if surplus:
-                self._settle(found, [worker.pid for worker in surplus], parking)
+                self._settle(found, surplus, parking)
             self._scale_list(found, workers)
 
     def _begin_anew(self, found: ModelStatus, workers: int) -> None:
         """Rid TorchServe's list of an entry that has no process any more: it only takes entries away from the end, so all
         of them go, each with nothing in hand, and as many as wanted come. What waits in the queue stays there."""
         with self._parking(found) as parking:
-            self._settle(found, [worker.pid for worker in found.workers if worker.ready], parking)
+            self._settle(found, [worker for worker in found.workers if worker.ready], parking)
             self._scale_list(found, 0)
         self._scale_list(found, workers)
 
     def _scale_list(self, found: ModelStatus, workers: int) -> None:
         """Set the length of TorchServe's list. What goes must have nothing in hand."""
+        ours = [worker.pid for worker in found.workers if folder_of(worker) is not None]
         self._management.scale(found.name, workers, found.version)
         listed = {worker.pid for worker in self._require(f"{found.name}:{found.version}").workers}
-        end_left_over([worker.pid for worker in found.workers if worker.pid > 0 and worker.pid not in listed])
+        end_left_over([pid for pid in ours if pid not in listed])
 
     def shadow(self, name: str, old: str, new: str, recorded: Sequence[bytes], sample_seconds: float) -> Shadow:
         golden = golden_inputs([self._model(f"{name}:{version}").archive_file for version in (old, new)])
         workers = self._require(f"{name}:{old}").workers
-        temp = next((found for worker in workers if (found := temp_folder(worker.pid)) is not None), None)
+        temp = next((found for worker in workers if (found := folder_of(worker)) is not None), None)
         live: list[bytes] = []
         if temp is not None and sample_seconds > 0:
             live = shadow.sample(temp, name, old, inputs=_LIVE_INPUTS, seconds=sample_seconds)
@@ -202,7 +205,7 @@ class LocalReplica:
         key = f"{found.name}:{found.version}"
         self._wait_for_empty_queue(key)
         with self._parking(found) as parking:
-            self._settle(found, [worker.pid for worker in found.workers], parking)
+            self._settle(found, found.workers, parking)
             # Without workers TorchServe answers 503 at once instead of queueing what unregistering would lose.
             self._scale_list(found, 0)
             if self._require(key).pending <= parking.unanswered():
@@ -292,13 +295,33 @@ class LocalReplica:
     def _parking(self, found: ModelStatus) -> Parking:
         return Parking(self._management_url, found.name, found.version)
 
-    def _settle(self, found: ModelStatus, pids: Sequence[int], parking: Parking) -> None:
-        """Return when these workers have nothing in hand and take nothing new; see `Parking`.
+    def _require_ours(self, found: ModelStatus) -> ModelStatus:
+        """The present state. Raises ClientError when a worker that serves is not a process that we can look at: then nobody
+        could say whether it has something in hand."""
+        key = f"{found.name}:{found.version}"
+        deadline = time.monotonic() + _NOTICE_SECONDS
+        while _out_of_reach(found):
+            if time.monotonic() > deadline:
+                raise ClientError(
+                    f"the workers of {key} are not processes that this user can reach on this machine", remedy=RUN_THERE
+                )
+            time.sleep(_LOOK_SECONDS)
+            found = self._require(key)
+        return found
+
+    def _settle(self, found: ModelStatus, workers: Sequence[WorkerStatus], parking: Parking) -> None:
+        """Return when these workers have nothing in hand and take nothing new; see `Parking`. Raises ClientError where
+        that cannot be brought about.
 
         A handler that cannot be parked (not one of Marina's) is given the chance to be idle: exact for a version that
         gets no new requests, and the best that can be had for one that does.
         """
-        if parking.supported():
+        if not any(worker.ready for worker in found.workers):
+            return
+        ids = {worker.id for worker in workers}
+        present = self._require_ours(found).workers
+        pids = [worker.pid for worker in present if worker.id in ids and folder_of(worker) is not None]
+        if parking.supported(within=DRAIN_SECONDS):
             parking.park(pids, within=DRAIN_SECONDS)
             return
         deadline = time.monotonic() + min(DRAIN_SECONDS, 10.0)
@@ -321,8 +344,15 @@ def _cpu_seconds(pids: Sequence[int]) -> dict[int, float]:
     return used
 
 
+def _out_of_reach(found: ModelStatus) -> bool:
+    """Whether a worker that serves is not a process of this machine that we can look at."""
+    return any(worker.ready and folder_of(worker) is None for worker in found.workers)
+
+
 def _dead_in_front(found: ModelStatus) -> bool:
-    """Whether an entry without a process has a living one behind it."""
+    """Whether an entry without a process has a living one behind it; of what is out of reach nobody can say so."""
+    if _out_of_reach(found):
+        return False
     alive = [worker.ready or psutil.pid_exists(worker.pid) for worker in found.workers]
     return True in alive and False in alive[: len(alive) - alive[::-1].index(True)]
 

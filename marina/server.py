@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -163,6 +163,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._output: TextIO | None = None
+        self._lost = False
+        """Whether a line of the log could not be written."""
         self._log = ServerLog(self._write, level=self.settings.log_level, requests=self.settings.log_requests)
         self._management = ManagementClient(
             self.settings.url("management"), timeout=Timeout(connect=1.0, read=5.0), retries=NO_RETRIES
@@ -278,7 +280,8 @@ class Server:
         if self.folder is not None and self._lock is not None:
             processes.remove_folder(self.folder, self._lock)
         if self._output is not None:
-            self._output.close()
+            with suppress(OSError):  # of what could not be written before
+                self._output.close()
         self._process = self._reader = self._port = self.folder = self._lock = self._output = None
 
     def serve_forever(self, announce: Callable[[str], None] = print) -> Reason:
@@ -481,10 +484,12 @@ class Server:
                 return
             spawned.put(process)
             assert process.stdout is not None
-            with process.stdout:
-                _feed(process.stdout.read1, self._log.feed)  # type: ignore[attr-defined]
-            process.wait()
-            self._events.put("ended")
+            try:
+                with process.stdout:
+                    _feed(process.stdout.read1, self._hear)  # type: ignore[attr-defined]
+            finally:
+                process.wait()
+                self._events.put("ended")
 
         self._reader = threading.Thread(target=run, name="marina-java", daemon=True)
         self._reader.start()
@@ -583,7 +588,9 @@ class Server:
             # SimpleQueue.put may interrupt itself; an Event's set may not, and would hang.
             self._events.put("SIGINT" if number == signal.SIGINT else "SIGTERM")
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` means a lost terminal to change nothing
+            numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
@@ -628,10 +635,23 @@ class Server:
                 f"the log file {path} cannot be written: {error}", remedy="choose another --log-file"
             ) from error
 
+    def _hear(self, lines: bytes) -> None:
+        try:
+            self._log.feed(lines)
+        except Exception as error:  # noqa: BLE001 - java gets SIGTERM when the thread that reads it ends
+            self._log.note(f"lines of java's are left out: {type(error).__name__}: {error}", level="ERROR")
+
     def _write(self, line: str) -> None:
-        stream = self._output or sys.stderr
-        stream.write(line + "\n")
-        stream.flush()
+        """A line that cannot be written is lost; the first such is told on stderr."""
+        try:
+            stream = self._output or sys.stderr
+            stream.write(line + "\n")
+            stream.flush()
+        except (OSError, ValueError) as error:
+            if self._output is not None and not self._lost:
+                with suppress(OSError, ValueError):
+                    sys.stderr.write(f"marina: the log cannot be written: {error}\n")
+            self._lost = True
 
 
 def serve(

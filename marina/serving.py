@@ -22,7 +22,7 @@ from marina import store as model_store
 from marina.archive import NAME_PATTERN, VERSION_PATTERN
 from marina.autoscale import Autoscale
 from marina.client import ModelStatus
-from marina.errors import ClientError, StoreError
+from marina.errors import ArchiveError, ClientError, StoreError
 from marina.journal import Begun, Journal, sync_folder
 from marina.server import ServedModel
 
@@ -321,7 +321,7 @@ class Following:
             try:
                 serving = read(self._store)
                 self._models = tuple(to_serve(self._store, serving)) if serving is not None else self._models
-            except StoreError:
+            except (ArchiveError, OSError):
                 return self._models  # looked at again the next time
             self._seen = stamp
         return self._models

@@ -186,6 +186,7 @@ def read_index(store: Path) -> dict[str, Any]:
 def _write_index(store: Path, index: dict[str, Any]) -> None:
     partial = store / f".{INDEX_FILE}.{os.getpid()}"
     partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.chmod(0o644)  # read by the server's own user in its container
     partial.replace(store / INDEX_FILE)
 
 

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from marina.client import ManagementClient, ModelStatus
-from marina.errors import ClientError, Refused
+from marina.errors import MarinaError, Refused
 
 UP_HEADER = "X-Marina-Up"
 """Of the gateway's health checks (deploy/gateway/haproxy.cfg): how many replicas it sends requests to."""
@@ -159,8 +159,8 @@ class Watch:
             try:
                 versions = tuple(self._look_at(item) for item in self._expected())
                 self._state = self._seen(versions, time.monotonic(), "")
-            except ClientError as error:
-                self._state = self._seen(self._state.versions, self._state.seen_at, str(error))
+            except (MarinaError, OSError) as error:
+                self._not_seen(str(error))
             return self._state
 
     def recycled(self, name: str, version: str, cause: str) -> None:
@@ -172,7 +172,10 @@ class Watch:
 
         def keep_looking() -> None:
             while not self._stopped.wait(every_seconds):
-                self.look()
+                try:
+                    self.look()
+                except Exception as error:  # noqa: BLE001 - a watch that has died would tell for ever what it saw last
+                    self._not_seen(f"{type(error).__name__}: {error}")
 
         self._thread = threading.Thread(target=keep_looking, name="marina-watch", daemon=True)
         self._thread.start()
@@ -186,6 +189,9 @@ class Watch:
     def _seen(self, versions: tuple[VersionState, ...], at: float, unanswered: str) -> State:
         recycled = tuple((*labels, count) for labels, count in list(self._recycled.items()))
         return State(versions=versions, seen_at=at, unanswered=unanswered, recycled=recycled, refused=self.refused)
+
+    def _not_seen(self, reason: str) -> None:
+        self._state = self._seen(self._state.versions, self._state.seen_at, reason)
 
     def _look_at(self, item: Expected) -> VersionState:
         key = (item.name, item.version)

@@ -3,7 +3,8 @@
 TorchServe starts a dead worker again, but later and later (up to 1,597 s) and at last never; it lets one that hangs do so
 for `responseTimeout`, keeps one whose GPU context is lost, and knows no limit of memory. Here each of these is seen within
 a second or so and ended: TorchServe starts the process again after one second. Its own waiting is cut short by taking the
-dead entry out of its list and adding a new one. Every cause waits longer each time, so that nothing loops tightly.
+dead entry out of its list and adding a new one. For each worker every cause waits longer each time, so that nothing
+loops tightly, and a fault that meets several workers ends all of them at once.
 
     died       the process ended by itself, or was ended by somebody else
     hung       one batch takes far longer than any before, and the process does nothing or its neighbours go on
@@ -40,13 +41,15 @@ Cause = Literal["died", "hung", "stopped", "gpu", "memory", "waiting"]
 Key = tuple[str, str]
 """(model, version)"""
 
+_WHOLE_LIST = ""
+"""In the place of one worker's id."""
 LOOK_SECONDS = 0.5
 _AFTER_END_SECONDS = 0.1
 """By which TorchServe has noticed the end of a worker too."""
 GONE_SECONDS = 3.0
 """Without a process for longer, TorchServe waits with its next start, or has given up: its first waits are 1, 1 and 2 s."""
 BACKOFF = (0.0, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0)
-"""Seconds from one recycling of a version to the next one for the same cause."""
+"""Seconds from one recycling of a worker to its next one for the same cause."""
 CALM_SECONDS = 300.0
 """Without a recycling, the next one need not wait."""
 _KNOWN_BATCHES = 20
@@ -56,6 +59,9 @@ _IDLE_SECONDS = 2.0
 _IDLE_SHARE = 0.05
 """A process that uses less of a core than this while it is at a batch does nothing about it."""
 _PARK_SECONDS = 4.0
+_TRY_SECONDS = 5.0
+"""From one worker of a version that is emptied, or is too busy for it, to the next: meanwhile all are looked at, and
+a leak in all of them does not take all away at once."""
 _OOM_FILES = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
 
@@ -133,7 +139,10 @@ class Watchdog:
         self._log = log
         self._management = ManagementClient(self._url, timeout=Timeout(connect=1.0, read=5.0), retries=NO_RETRIES)
         self._workers: dict[tuple[str, str, str], _Worker] = {}
-        self._paces: dict[tuple[Key, Cause], _Pace] = {}
+        self._paces: dict[tuple[Key, str, Cause], _Pace] = {}
+        """By the worker's entry in TorchServe's list, which outlives its process; of the whole list: empty."""
+        self._emptied_at: dict[Key, float] = {}
+        """When a worker of it was emptied last, or could not be."""
         self._grown: set[Key] = set()
         """Versions whose list has an entry too many, because one in the middle of it is dead."""
         self._too_small: set[Key] = set()
@@ -204,6 +213,8 @@ class Watchdog:
         for name, version, worker_id in [item for item in self._workers if item[:2] == key]:
             if worker_id not in listed:  # scaled down or retired: meant
                 self._forget(self._workers.pop((name, version, worker_id)))
+        for paced in [item for item in self._paces if item[0] == key and item[1] not in listed | {_WHOLE_LIST}]:
+            self._paces.pop(paced)
         now = time.monotonic()
         for listed_worker in status.workers:
             self._look_at_worker(model, listed_worker, now)
@@ -227,7 +238,7 @@ class Watchdog:
                 worker.gone_since = worker.gone_since or now
             return
         cause = self._reason(model, listed, worker, now)
-        if cause is not None and self._may(key, cause[0], now):
+        if cause is not None and self._may(key, listed.id, cause[0], now):
             self._recycle(key, listed.id, worker, *cause)
 
     def _reason(self, model: Guarded, listed: WorkerStatus, worker: _Worker, now: float) -> tuple[Cause, str] | None:
@@ -352,8 +363,8 @@ class Watchdog:
 
     # ---- recycling
 
-    def _may(self, key: Key, cause: Cause, now: float) -> bool:
-        return self._paces.setdefault((key, cause), _Pace()).may(now)
+    def _may(self, key: Key, worker_id: str, cause: Cause, now: float) -> bool:
+        return self._paces.setdefault((key, worker_id, cause), _Pace()).may(now)
 
     def _tell(self, key: Key, worker_id: str, pid: int, cause: Cause, why: str) -> None:
         self._log.note(f"worker {worker_id} (pid {pid}) of {key[0]} {key[1]} is recycled: {cause}: {why}", level="WARN")
@@ -364,7 +375,7 @@ class Watchdog:
         with contextlib.ExitStack() as held:
             if cause == "memory" and not self._emptied(held, key, worker.pid):
                 return  # at the next look: it works, only too large
-            self._paces[key, cause].took(time.monotonic())
+            self._paces[key, worker_id, cause].took(time.monotonic())
             self._tell(key, worker_id, worker.pid, cause, why)
             worker.ended_by_us = True
             with contextlib.suppress(ProcessLookupError):
@@ -381,15 +392,21 @@ class Watchdog:
         return True
 
     def _emptied(self, held: contextlib.ExitStack, key: Key, pid: int) -> bool:
-        if not self._may_change(held):
+        """Whether the worker has nothing in hand until `held` is left; one that cannot be parked may be ended as it is."""
+        if self._tried_lately(key) or not self._may_change(held):
             return False
         parking = held.enter_context(Parking(self._url, *key))
         try:
-            if parking.supported():
+            if parking.supported(within=_PARK_SECONDS):
                 parking.park([pid], within=_PARK_SECONDS)
         except ClientError:
             return False
+        finally:
+            self._emptied_at[key] = time.monotonic()
         return True
+
+    def _tried_lately(self, key: Key) -> bool:
+        return time.monotonic() - self._emptied_at.get(key, -_TRY_SECONDS) < _TRY_SECONDS
 
     def _restart_waiting(self, key: Key, model: Guarded, status: ModelStatus, now: float) -> None:
         """Workers without a process for longer than TorchServe's first waits get a new entry in its list."""
@@ -402,9 +419,9 @@ class Watchdog:
                 self._grown.discard(key)
             return
         missing = model.workers - (count - waiting)
-        if not waiting or missing <= 0 or not self._may(key, "waiting", now):
+        if not waiting or missing <= 0 or not self._may(key, _WHOLE_LIST, "waiting", now):
             return
-        self._paces[key, "waiting"].took(now)
+        self._paces[key, _WHOLE_LIST, "waiting"].took(now)
         for worker, is_gone in zip(status.workers, gone, strict=True):
             if is_gone:
                 self._tell(
@@ -427,11 +444,16 @@ class Watchdog:
 
     def _remove_surplus(self, key: Key, model: Guarded, status: ModelStatus) -> None:
         """An entry that was replaced came back by itself: there is one worker too many, and it goes when it is idle."""
+        if self._tried_lately(key):
+            return
         surplus = [worker.pid for worker in status.workers[model.workers :]]
-        with contextlib.suppress(ClientError), Parking(self._url, *key) as parking:
-            if parking.supported():
-                parking.park(surplus, within=_PARK_SECONDS)
-                self._management.scale(key[0], model.workers, key[1], wait=False)
+        try:
+            with Parking(self._url, *key) as parking:
+                if parking.supported(within=_PARK_SECONDS):
+                    parking.park(surplus, within=_PARK_SECONDS)
+                    self._management.scale(key[0], model.workers, key[1], wait=False)
+        except ClientError:
+            self._emptied_at[key] = time.monotonic()
 
 
 def is_starting(temp: Path, worker_id: str) -> bool:

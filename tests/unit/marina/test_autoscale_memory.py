@@ -19,11 +19,14 @@ MIB = 1 << 20
 def test_the_scarcer_one_decides() -> None:
     cost = Cost(host=100 * MIB, gpu=1000 * MIB)
     assert Free(host=250 * MIB).room(Cost(host=100 * MIB)) == 2
-    assert Free(host=250 * MIB).room(Cost(host=100 * MIB), loading=60 * MIB) == 1
+    assert Free(host=250 * MIB).room(Cost(host=100 * MIB), loading=Cost(host=60 * MIB)) == 1
     assert Free(host=250 * MIB, budget=150 * MIB).room(Cost(host=100 * MIB)) == 1
     assert Free(host=250 * MIB, budget=-50 * MIB).room(Cost(host=100 * MIB)) == 0
     two = (Gpu(free=1500 * MIB, total=8000 * MIB), Gpu(free=7000 * MIB, total=8000 * MIB))
     assert Free(host=2500 * MIB, gpus=two).room(cost) == 2, "they are dealt out in turn: one to each"
+    assert Free(host=2500 * MIB, gpus=two).room(cost, loading=Cost(host=0, gpu=500 * MIB)) == 2
+    assert Free(host=2500 * MIB, gpus=two).room(cost, loading=Cost(host=0, gpu=501 * MIB)) == 0, "they may load on it"
+    assert Free(host=2500 * MIB, gpus=two).room(cost, loading=Cost(host=0, gpu=9000 * MIB)) == 0
     assert Free(host=2500 * MIB, gpus=(Gpu(free=900 * MIB, total=8000 * MIB),)).room(cost) == 0
 
 
@@ -82,6 +85,7 @@ def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert autoscale_memory.gpus() == [
         Gpu(free=1000 * MIB, total=8000 * MIB),
         Gpu(free=7000 * MIB, total=8000 * MIB),
@@ -89,3 +93,6 @@ def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert autoscale_memory.free(on_gpu=True).gpus[0].free == 600 * MIB, "less the reserve of 5 %"
     assert autoscale_memory._gpu_bytes([4711], 2) == 900 * MIB
     assert autoscale_memory._gpu_bytes([1], 2) == 4000 * MIB, "who takes what is not known: a share of all"
+    for visible, free in (("1", [7000]), ("1, 0", [1000, 7000]), ("", [1000, 7000]), ("10", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [gpu.free // MIB for gpu in autoscale_memory.gpus()] == free, "nvidia-smi lists all of them all the same"

@@ -9,8 +9,11 @@ import pytest
 import requests
 
 from marina import processes
+from marina.client import ManagementClient
+from marina.errors import StoreError
 from marina.gateway import CONFIG_FILE
-from marina.watch import UP_HEADER, Expected, Port, Scaling, State, VersionState
+from marina.watch import UP_HEADER, Expected, Port, Scaling, State, VersionState, Watch
+from support.torchserve import eventually
 
 
 @dataclass
@@ -119,6 +122,33 @@ def _version(required: int, ready: int) -> VersionState:
 )
 def test_requests_wait_in_vain_where_no_worker_is_left(workers: list[tuple[int, int]], stuck: bool) -> None:
     assert State(versions=tuple(_version(*one) for one in workers)).stuck is stuck
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        pytest.param(PermissionError(13, "Permission denied", "serving.json"), "'serving.json'", id="system"),
+        pytest.param(StoreError("index.json is damaged"), "index.json is damaged", id="store"),
+        pytest.param(TypeError("nobody thought of it"), "TypeError: nobody thought of it", id="defect"),
+    ],
+)
+def test_whatever_goes_wrong_at_a_look_is_told_and_the_next_one_comes(trouble: Exception, told: str) -> None:
+    troubles = [trouble]
+
+    def expected() -> Sequence[Expected]:
+        for one in troubles:
+            raise one
+        return ()
+
+    watch = Watch(ManagementClient("http://127.0.0.1:1"), expected)
+    watch.start(0.01)
+    try:
+        eventually(lambda: told in watch.state.unanswered, "the reason is told")
+        assert watch.state.missing() == [watch.state.unanswered]
+        troubles.clear()
+        eventually(lambda: not watch.state.missing(), "it looks again")
+    finally:
+        watch.stop()
 
 
 def test_the_gateway_asks_with_the_header_that_the_supervisor_reads() -> None:

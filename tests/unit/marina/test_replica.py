@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,10 +16,14 @@ from pathlib import Path
 import pytest
 
 from marina import processes
-from marina.client import ModelStatus
-from marina.errors import Refused
+from marina import replica as replica_module
+from marina.client import ModelStatus, WorkerStatus
+from marina.errors import ClientError, Refused
+from marina.parking import Parking, folder_of
 from marina.replica import LocalReplica
 
+NOBODY = 2**22 + 1
+"""A process id that no machine has."""
 RACE = 'Cannot invoke "org.pytorch.serve.job.Job.isControlCmd()" because "job" is null'
 
 
@@ -27,20 +34,25 @@ class Management:
     pids: list[int]
     refusals: int = 0
     message: str = RACE
+    dead: int = -1
+    """The worker that has no process any more, and is not ready."""
     scalings: list[int] = field(default_factory=list)
 
     def scale(self, workers: int) -> tuple[int, dict[str, object]]:
         self.scalings.append(workers)
-        self.pids = self.pids[:workers]
+        self.pids = self.pids[:workers] + [NOBODY] * (workers - len(self.pids))
         if len(self.scalings) <= self.refusals:
             return 500, {"code": 500, "type": "NullPointerException", "message": self.message}
         return 202, {"status": "Processing worker updates..."}
 
     def describe(self) -> list[dict[str, object]]:
         workers = [
-            {"id": str(pid), "pid": pid, "status": "READY", "startTime": "2026-01-01T00:00:00.000Z", "gpu": False}
+            {
+                "id": str(pid), "pid": pid, "status": "UNLOADING" if pid == self.dead else "READY",
+                "startTime": "2026-01-01T00:00:00.000Z", "gpu": False,
+            }
             for pid in self.pids
-        ]
+        ]  # fmt: skip
         queue = {"pendingRequests": 0, "remainingCapacity": 100}
         return [{
             "modelName": "m", "modelVersion": "1.0", "modelUrl": "m.mar", "minWorkers": 1, "maxWorkers": 2,
@@ -74,8 +86,11 @@ def _handler(management: Management) -> type[BaseHTTPRequestHandler]:
 
 
 @pytest.fixture
-def workers() -> Iterator[list[subprocess.Popen[bytes]]]:
-    found = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+def workers(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = [subprocess.Popen(["sleep", "600"], env=environment) for _ in range(2)]
+    for process in found:
+        (tmp_path / f".ts.sock.{process.pid}").touch()
     yield found
     for process in found:
         process.kill()
@@ -90,10 +105,11 @@ def management(workers: list[subprocess.Popen[bytes]]) -> Management:
 @pytest.fixture
 def replica(management: Management, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalReplica]:
     monkeypatch.setattr(processes, "_LEFT_OVER_SECONDS", 0.2)
+    monkeypatch.setattr(replica_module, "_NOTICE_SECONDS", 0.2)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(management))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    yield LocalReplica(store=tmp_path, inference_url=url, management_url=url, supervisor_url=url)
+    yield LocalReplica(store=tmp_path, inference_url=url, management_url=url, supervisor_url="")
     server.shutdown()
     server.server_close()
 
@@ -122,3 +138,83 @@ def test_other_errors_and_a_race_without_end_are_told(replica: LocalReplica, man
     with pytest.raises(Refused):
         replica._scale_list(_found(replica), 2)
     assert len(management.scalings) == 4
+
+
+@pytest.mark.parametrize("elsewhere", ["no socket of that number", "no such process"])
+@pytest.mark.parametrize("change", ["scale", "retire", "begin anew"])
+def test_workers_of_another_machine_are_left_alone_and_so_are_our_processes(
+    elsewhere: str,
+    change: str,
+    replica: LocalReplica,
+    management: Management,
+    workers: list[subprocess.Popen[bytes]],
+    tmp_path: Path,
+) -> None:
+    """The process ids that a server names are numbers of its own machine."""
+    if elsewhere == "no such process":
+        management.pids = [NOBODY, NOBODY - 1]
+    else:
+        (tmp_path / f".ts.sock.{workers[1].pid}").unlink()
+    with pytest.raises(ClientError, match=r"m:1\.0 are not processes that this user can reach") as caught:
+        if change == "scale":
+            replica.scale("m:1.0", 1)
+        elif change == "retire":
+            replica.retire("m:1.0")
+        else:
+            replica._begin_anew(_found(replica), 2)
+    assert "ssh" in caught.value.remedy
+    assert management.scalings == []
+    assert [process.poll() for process in workers] == [None, None]
+
+
+def test_what_ends_no_worker_needs_none_of_its_processes(replica: LocalReplica, management: Management) -> None:
+    management.pids = [NOBODY]
+    replica.scale("m:1.0", 1)
+    replica.scale("m:1.0", 2)
+    assert management.scalings == [1, 2]
+
+
+@pytest.mark.parametrize("number", ["nobody's", "another process's by now"])
+def test_a_worker_that_has_ended_is_in_nobodys_way(
+    number: str,
+    replica: LocalReplica,
+    management: Management,
+    workers: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Parking, "supported", lambda self, within: True)
+    monkeypatch.setattr(replica_module, "DRAIN_SECONDS", 0.3)
+    management.dead = NOBODY if number == "nobody's" else workers[1].pid
+    management.pids = [workers[0].pid, management.dead]
+    (replica._store / f".ts.sock.{workers[1].pid}").unlink()
+    replica.scale("m:1.0", 1)
+    assert management.scalings == [1] and [process.poll() for process in workers] == [None, None]
+
+
+def test_only_ended_workers_need_not_be_parked() -> None:
+    with Parking("http://127.0.0.1:1", "m", "1.0") as parking:
+        parking.park([NOBODY, -1], within=0.1)
+    with (
+        subprocess.Popen(["sleep", "600"], env={"PATH": os.environ["PATH"]}) as other,
+        Parking("http://127.0.0.1:1", "m", "1.0") as parking,
+    ):
+        with pytest.raises(ClientError, match=f"process {other.pid} is not a worker that this user can reach"):
+            parking.park([other.pid], within=0.1)
+        other.kill()
+
+
+def test_a_worker_may_listen_at_a_port(tmp_path: Path) -> None:
+    """use_native_io=false: TorchServe gives it a port, and no socket in a folder."""
+    code = "import socket; a = socket.create_server(('127.0.0.1', 0)); print(a.getsockname()[1], flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        worker = WorkerStatus(id=str(port), pid=process.pid, ready=True, started="", gpu=False)
+        assert folder_of(worker) == tmp_path
+        assert folder_of(dataclasses.replace(worker, id="1")) is None
+        process.kill()

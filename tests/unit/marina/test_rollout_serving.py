@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,3 +137,49 @@ def test_a_supervisor_follows_the_file_once_a_rollout_has_written_it(folder: Pat
     assert [item.version for item in following()] == ["2.0"]
     (folder / serving.SERVING_FILE).unlink()
     assert [item.version for item in following()] == ["2.0"]
+
+
+def _in_the_way(path: Path) -> None:
+    """What cannot be read by anybody, whoever runs the tests."""
+    path.unlink()
+    path.mkdir()
+
+
+def _refused(path: Path) -> None:
+    """Published as it lies there, with a configuration that is none."""
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("model-config.yaml", "minWorkers: many")
+    store.publish(path.parent, Archive(path, "m", "2.0", sha256_of(path), path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        pytest.param(serving.SERVING_FILE, _in_the_way, id="what is served"),
+        pytest.param(store.INDEX_FILE, _in_the_way, id="index"),
+        pytest.param("m-2.0.mar", _in_the_way, id="archive"),
+        pytest.param("m-2.0.mar", _refused, id="configuration"),
+    ],
+)
+def test_what_cannot_be_read_during_a_rollout_changes_nothing_until_it_can(
+    folder: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    following = serving.Following(folder, store.to_serve(store.select(folder, ["m:1.0"])))
+    serving.write(folder, Serving(models={"m": ModelServing(default="2.0", versions={"2.0": 1})}))
+    kept = shutil.copytree(folder, folder / "kept")
+    spoil(folder / name)
+    assert [item.version for item in following()] == ["1.0"]
+    if (folder / name).is_dir():
+        (folder / name).rmdir()
+    for file in (name, store.INDEX_FILE):
+        shutil.copy(kept / file, folder / file)
+    assert [item.version for item in following()] == ["2.0"]
+
+
+def test_the_index_can_be_read_by_the_servers_own_user_whatever_the_umask(folder: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        store.forget(folder, "m-1.0.mar")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / store.INDEX_FILE).stat().st_mode) == 0o644

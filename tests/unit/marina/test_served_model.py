@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -107,6 +108,18 @@ def test_a_folder_left_behind_is_swept_and_one_in_use_is_not(tmp_path: Path) -> 
     finally:
         processes.remove_folder(alive, other)
         processes.remove_folder(third, another)
+
+
+def test_who_cleans_up_old_files_finds_the_folder_locked() -> None:
+    """systemd-tmpfiles looks at the lock of a folder, not at those of the files in it."""
+    folder, lock = processes.private_folder(Path("/tmp"))
+    cleaner = os.open(folder, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(cleaner)
+        processes.remove_folder(folder, lock)
 
 
 def test_a_temp_folder_with_a_long_path_is_refused(tmp_path: Path) -> None:

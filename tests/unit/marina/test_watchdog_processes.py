@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
+import pytest
+
+from marina import watchdog
 from marina.client import ManagementClient
 from marina.logs import ServerLog
 from marina.quarantine import FOLDER
+from marina.server import ServedModel
 from marina.settings import ServeSettings
 from marina.watch import Watch
 from marina.watchdog import Watchdog, _Worker, is_starting
@@ -86,3 +97,80 @@ def test_a_full_disk_when_a_worker_ends_does_not_end_the_watch(tmp_path: Path) -
         assert sum(str(in_the_way) in line for line in lines) == 1, lines
     finally:
         dog.stop()
+
+
+@dataclass
+class Listed:
+    """A management interface whose version has these workers: TorchServe's number of each, and its process."""
+
+    workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, worker_id: str) -> subprocess.Popen[bytes]:
+        """A process that does nothing, stopped by a signal."""
+        process = subprocess.Popen(["sleep", "600"])
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, "stopped")
+        self.workers[worker_id] = process
+        return process
+
+    def describe(self) -> object:
+        workers = [
+            {"id": worker_id, "pid": process.pid, "status": "READY", "startTime": "", "gpu": False}
+            for worker_id, process in self.workers.items()
+        ]
+        return [{
+            "modelName": "m", "modelVersion": "1.0", "modelUrl": "m.mar", "minWorkers": 1, "maxWorkers": 1,
+            "batchSize": 1, "maxBatchDelay": 1, "workers": workers,
+            "jobQueueStatus": {"pendingRequests": 0, "remainingCapacity": 100},
+        }]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _watched(listed: Listed, temp: Path) -> Iterator[Watchdog]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(listed.describe()).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    model = ServedModel(name="m", version="1.0", archive_file=temp / "m.mar", default=True, config={"minWorkers": 2})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        settings = ServeSettings(management_port=server.server_port)
+        watch = Watch(ManagementClient(settings.url("management")), lambda: ())
+        log = ServerLog(lambda _: None, level="info", requests=False)
+        dog = Watchdog(temp, settings, lambda: [model], watch, log)
+        try:
+            yield dog
+        finally:
+            dog.stop()
+            server.shutdown()
+            for process in listed.workers.values():
+                process.kill()
+                process.wait()
+
+
+def test_each_worker_waits_for_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "BACKOFF", (0.0, 60.0))
+    listed = Listed()
+    with _watched(listed, tmp_path) as dog:
+        both = [listed.start("9000"), listed.start("9001")]
+        for _ in range(2):  # stopped at two looks: ended
+            dog.look()
+        assert [process.wait(10) for process in both] == [-signal.SIGKILL] * 2, "a fault that met two: both at once"
+
+        again, new = listed.start("9000"), listed.start("9002")
+        listed.workers.pop("9001")
+        for _ in range(2):
+            dog.look()
+        assert new.wait(10) == -signal.SIGKILL
+        assert again.poll() is None, "this one breaks again and again"
+        assert {worker_id for _, worker_id, _ in dog._paces if worker_id} == {"9000", "9002"}, "what is listed"
+        monkeypatch.setattr(watchdog, "BACKOFF", (0.0, 0.0))
+        dog.look()
+        assert again.wait(10) == -signal.SIGKILL
