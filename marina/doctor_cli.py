@@ -40,7 +40,7 @@ def doctor(
     if log_only and log is None:
         raise typer.BadParameter("--log-only needs --log FILE")
     screen = Screen(as_json)
-    found = examine.read_log(log) if log is not None and log_only else examine.examine(find_home(), log=log)
+    found = examine.examine_log(log) if log is not None and log_only else examine.examine(find_home(), log=log)
     repaired = _repair(found, screen) if fix else []
     faults = [finding for finding in found if finding.severity == "fault" and finding not in repaired]
     screen.result(

@@ -201,6 +201,7 @@ class Engine:
         self.address = (int(plan["family"]), tuple(plan["address"]))
         self.tls = _tls(plan)
         self.server_name = str(plan["host"])
+        self.no_body = plan["method"] == "HEAD"
         self.timeout = int(plan["timeout"] * 1e9)
         self.limit = int(plan["connections"])
         self.check = _check(plan)
@@ -537,10 +538,10 @@ class Engine:
         closes = ended or _says_close(data, head)
         at = data.find(b"ength: ", 0, head)  # content-length as nearly everybody writes it
         found = None
-        if at > 8 and data[at - 9 : at].lower() == b"\ncontent-l":
-            length = int(data[at + 7 : data.find(b"\r\n", at)])
-        elif status in (204, 304):
+        if self.no_body or status in (204, 304):  # whatever length they name
             length = 0
+        elif at > 8 and data[at - 9 : at].lower() == b"\ncontent-l":
+            length = int(data[at + 7 : data.find(b"\r\n", at)])
         elif (found := _LENGTH.search(data, 0, head + 2)) is not None:
             length = int(found[1])
         elif _CHUNKED.search(data, 0, head + 2):

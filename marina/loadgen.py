@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import queue
 import socket
 import struct
@@ -57,6 +58,7 @@ _LEAD_SECONDS = 0.05
 """The order to measure reaches every client process before its moment."""
 _STOP_DRAIN_SECONDS = 10.0
 _END_SECONDS = 10.0
+_WORDS_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,6 +336,12 @@ class Load:
 
     def result(self) -> Result:
         """The figures, once `wait` or `stop` has returned."""
+        if not self._done and self._stopped:
+            silent = ", ".join(str(number) for number in range(len(self._clients)) if number not in self._results)
+            raise MarinaError(
+                f"client process {silent} of the load generator was told to stop and does not",
+                remedy="does the check that runs in it ever end?",
+            )
         if not self._done:
             raise MarinaError("the load has not ended", remedy="call wait() or stop() first")
         return _result(self)
@@ -459,8 +467,12 @@ class _Client:
             start_new_session=True,  # Ctrl-C is ours to handle
         )
         self._words = b""
-        self._reader = threading.Thread(target=self._read, args=(number, reports), name="load-report", daemon=True)
-        self._reader.start()
+        self._readers = (
+            threading.Thread(target=self._read, args=(number, reports), name="load-report", daemon=True),
+            threading.Thread(target=self._read_words, name="load-report-words", daemon=True),
+        )
+        for reader in self._readers:
+            reader.start()
         text = json.dumps(plan).encode()
         head = struct.pack(f"!II{len(requests)}I", len(text), len(requests), *map(len, requests))
         self._write(head[:8] + text + head[8:] + b"".join(requests))
@@ -474,7 +486,8 @@ class _Client:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._reader.join(10.0)
+        for reader in self._readers:
+            reader.join(10.0)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             with contextlib.suppress(OSError):
                 _given(stream).close()
@@ -482,7 +495,8 @@ class _Client:
     def last_words(self) -> str:
         """The last line it wrote to standard error."""
         self._process.wait(10.0)
-        lines = _given(self._process.stderr).read().decode("utf-8", "replace").strip().splitlines()
+        self._readers[1].join(10.0)
+        lines = self._words.decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else f"exit status {self._process.returncode}"
 
     def _write(self, data: bytes) -> None:
@@ -496,6 +510,12 @@ class _Client:
             for line in _given(self._process.stdout):
                 reports.put((number, json.loads(line)))
         reports.put((number, None))
+
+    def _read_words(self) -> None:
+        """All the time: a check that prints would stop the client once nobody takes its words."""
+        with contextlib.suppress(ValueError, OSError):
+            while piece := os.read(_given(self._process.stderr).fileno(), 65536):
+                self._words = (self._words + piece)[-_WORDS_BYTES:]
 
 
 def _given(stream: IO[bytes] | None) -> IO[bytes]:
@@ -587,6 +607,7 @@ def _plan(scenario: Scenario, target: _Target, share: int) -> dict[str, Any]:
         "tls": target.tls,
         "ca_file": str(scenario.ca_file) if scenario.ca_file is not None else None,
         "insecure": scenario.insecure,
+        "method": scenario.method,
         "timeout": scenario.timeout,
         "connections": loop.connections // processes + (1 if share < loop.connections % processes else 0),
         "rate": loop.rate / processes if isinstance(loop, Open) else None,

@@ -17,6 +17,10 @@ from marina.settings import OTHER_VARIABLES, ServeSettings
 
 SECONDS = 8.0
 """How long all of it may take."""
+LOG_SECONDS = SECONDS - 2.0
+"""How long a log is read."""
+LOG_BYTES = 64 << 20
+"""How much of a log is read, from its end."""
 _LOG = "log"
 
 
@@ -42,15 +46,36 @@ def examine(home: Home, environment: Mapping[str, str] = os.environ, *, log: Pat
     return sorted(_once(_run(groups)), key=lambda finding: finding.severity != "fault")
 
 
+def examine_log(log: Path) -> list[Finding]:
+    """The causes that a log betrays, and nothing else. Raises ConfigError when it cannot be read."""
+    return _once(_run({_LOG: lambda: read_log(log)}))
+
+
 def read_log(path: Path) -> list[Finding]:
-    """The causes that a log betrays. Raises ConfigError when it cannot be read."""
+    """The causes that the end of a log betrays, as far as it can be read in LOG_SECONDS. Raises as `examine_log`."""
+    ends = time.monotonic() + LOG_SECONDS
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            return list(signatures.in_log(lines))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LOG_BYTES:
+                file.seek(size - LOG_BYTES)
+                file.readline()
+            lines = (line.decode("utf-8", "replace") for line in file)
+            found = list(signatures.in_log(lines, ends=ends))
     except OSError as error:
         raise ConfigError(
             f"the log {path} cannot be read: {error.strerror}", remedy="name a file that is there"
         ) from error
+    return found + ([_only_the_end(size)] if size > LOG_BYTES else [])
+
+
+def _only_the_end(size: int) -> Finding:
+    return Finding(
+        code="log-partly-read",
+        cause=f"only the last {LOG_BYTES >> 20} MB of {size >> 20} MB of the log were read",
+        remedy=signatures.IN_PIECES,
+        severity="warning",
+    )
 
 
 def _run(groups: Mapping[str, Callable[[], Iterable[Finding]]]) -> list[Finding]:

@@ -91,6 +91,7 @@ CODES: dict[str, int] = {
     "server-not-ready": 7,
     "gateway-down": 7,
     "trial-left": 7,
+    "log-partly-read": 3,
     "check-failed": 6,
 }
 """Code -> exit code, by the meaning that exit codes have everywhere in Marina."""

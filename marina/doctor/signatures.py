@@ -8,8 +8,10 @@ line of a traceback is what counts. Sources: the messages of TorchServe 0.12.0, 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from marina.doctor.finding import Finding, Severity
@@ -307,6 +309,45 @@ _HIDES_THE_CAUSE = (
 """TorchServe's own words after the ones that matter."""
 _STOCK = re.compile(r"MODEL_LOG - (?P<said>.*)$")
 _DIED = re.compile(r"Worker died|Backend worker process died|Backend worker monitoring thread interrupted")
+_ACCESS = '"logger":"access"'
+IN_PIECES = "look at the rest piece by piece: split --line-bytes=32M LOG; marina doctor --log-only --log PIECE"
+"""What to do about a log that was not read whole."""
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3} ")
+_MOST_REMEMBERED = 100_000
+_WORDS = (
+    *("UnsupportedClassVersionError", "--add-opens", "class file version ", "java: not found", "no java: "),
+    *("java: command not found", "No such file or directory: ", "No space left on device", "ENOSPC", "[Errno "),
+    *("Disk quota exceeded", "path too long", "File name too long", "Address already in use", "BindException"),
+    *(" port ", "Too many open files", "java.lang.OutOfMemoryError", "DefaultCPUAllocator: ", "MemoryError"),
+    *("Cannot allocate memory", "exited with code 137", "code=killed, status=9", "exitcode=-9", "ended by signal 9"),
+    *("Out of memory: Killed process", "oom-kill", "oom_reaper", "is recycled: ", " 507 ", "is refused with 422"),
+    *("the memory limit of ", "CUDA", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "NVIDIA driver on "),
+    *("Driver/library version mismatch", "Failed to initialize NVML", "no kernel image is available"),
+    *("invalid device ordinal", "device-side assert", "No module named ", "main class org.pytorch", "Error: "),
+    *("Exception: ", "the plain weights answer", "was changed since it was packed", "digest ", "BadZipFile"),
+    *("ZipException", "zip END header not found", "InvalidModelException", "error in opening zip file"),
+    *("is not a readable archive", "Weights only load failed", "SafetensorError", "Error while deserializing header"),
+    *("ModelNotFoundException", "Model not found at", "' is not in", "InvalidSnapshotException", "is already"),
+    *("ConflictStatusException", "SelfTestFailed", "golden sample ", "SpecError", "startup time"),
+    *("did not respond in given time", "not ready after ", "unsuccessful inference", "esponse timeout"),
+    *("esponse time out", "TooLongFrameException", "max_response_size", "too large", "TooLargeHttp", "HTTP/1.1 413"),
+    *("content length exceeded", "max_request_size", "InvalidKeyException", "Token Authorization ", "token expired"),
+    *("token has expired", "has no worker to serve", "PermissionError", "AccessDeniedException", "Permission denied"),
+    *("unknown variable", "unknown setting", "unknown key ", "knows no such key", "must be true or false"),
+    *("must be a whole number", "Worker died", "process died", "monitoring thread interrupted", LOAD_FAILED),
+)
+"""Each line that a pattern of this module fits has one of these, without anything that JSON would escape."""
+
+
+def _any_of(words: Sequence[str]) -> re.Pattern[str]:
+    """By first letter, which halves the time: `re` tries the branches of an alternation one by one."""
+    rests: dict[str, list[str]] = {}
+    for word in words:
+        rests.setdefault(word[0], []).append(re.escape(word[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in rests.items()))
+
+
+_TELLING = _any_of(_WORDS)
 
 
 def classify(text: str) -> Finding | None:
@@ -325,14 +366,27 @@ def classify(text: str) -> Finding | None:
     return None
 
 
-def in_log(lines: Iterable[str]) -> Iterator[Finding]:
-    """One finding per cause in a log, each with its first evidence; a death without a known cause is one of its own."""
+def in_log(lines: Iterable[str], *, ends: float = math.inf) -> Iterator[Finding]:
+    """One finding per cause in a log, each with its first evidence; a death without a known cause is one of its own.
+
+    At `ends` (seconds of the monotonic clock) the rest is left unread, which is a warning beside what was found.
+    """
     found: dict[str, Finding] = {}
+    seen: set[str] = set()
     died = ""
-    for line in lines:
-        message = _message(line.rstrip("\n"))
-        if any(words in message for words in _HIDES_THE_CAUSE):
+    left_at: int | None = None
+    for number, line in enumerate(lines):
+        if time.monotonic() > ends:
+            left_at = number
+            break
+        if not _may_tell(line):
             continue
+        message = _message(line.rstrip("\r\n"))
+        said = _STAMP.sub("", message)
+        if said in seen or any(words in message for words in _HIDES_THE_CAUSE):
+            continue
+        if len(seen) < _MOST_REMEMBERED:
+            seen.add(said)
         cause = classify(message) or _announced(message)
         if cause is not None:
             found.setdefault(cause.cause, cause)
@@ -348,6 +402,20 @@ def in_log(lines: Iterable[str]) -> Iterator[Finding]:
             remedy="look at `dmesg` for a killed process; serve with `marina serve`, which keeps a worker's last words",
             evidence=_shorten(died, 0),
         )
+    if left_at is not None:
+        yield Finding(
+            code="log-partly-read",
+            cause=f"the log is long: it was read to line {left_at}, and what is behind that is not known",
+            remedy=IN_PIECES,
+            severity="warning",
+        )
+
+
+def _may_tell(line: str) -> bool:
+    """Whether a line is worth the patterns, by a tenth of their time: nearly no line of a log is."""
+    if _ACCESS in line[:80] or " TS_METRICS - " in line or " MODEL_METRICS - " in line:
+        return False
+    return _TELLING.search(line) is not None
 
 
 def _message(line: str) -> str:

@@ -16,8 +16,9 @@ import typer
 from marina import plan_cli, rollout_cli
 from marina.errors import ConfigError
 from marina.home import find_home
-from marina.reach import reach
+from marina.reach import address_of, reach
 from marina.replica import LocalReplica
+from marina.settings import ServeSettings
 from marina.tune_cli import _server
 from support.commands import ROOT
 
@@ -128,6 +129,11 @@ def test_the_usual_address_given_by_hand_is_the_own_server(
     assert "POST /drain" in own.requests
 
 
+def test_without_any_address_the_usual_one_is_meant() -> None:
+    usual = ServeSettings()
+    assert address_of("supervisor", None, None, usual, needed=True) == usual.url("supervisor")
+
+
 def test_one_of_several_replicas_is_drained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +158,8 @@ esac
     with pytest.raises(ConfigError, match="no replica 'local'"):
         rollout_cli.drain("local", target="compose")
     assert "drain" not in (tmp_path / "asked").read_text()
-    rollout_cli.drain("stack_torchserve_2", target="compose", as_json=True)
+    # A replica in a container is asked in there: no address is needed of it.
+    rollout_cli.drain("stack_torchserve_2", target="compose", url="http://127.0.0.1:9", as_json=True)
     assert json.loads(capsys.readouterr().out) == {"draining": ["stack_torchserve_2"]}
     (asked,) = [line for line in (tmp_path / "asked").read_text().splitlines() if line.endswith(" drain")]
     assert "stack_torchserve_2" in asked

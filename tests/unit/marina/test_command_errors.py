@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +62,7 @@ def _error(out: str) -> dict[str, Any]:
         ("tune", "m", "--p99", "5ms", "--budget", "-1"),
         ("retire", "digits"),
         ("nosuch",),
+        ("key", "add", "partner", "--expires", "0"),
     ],
 )
 def test_wrong_usage_is_an_object_too(run: Run, arguments: tuple[str, ...]) -> None:
@@ -96,6 +99,46 @@ def test_a_file_where_a_folder_is_needed(run: Run, home: Path) -> None:
     assert "Traceback" not in err
     code, out, err = run("pack", artifact, "--store", occupied)
     assert code == 3 and out == "" and "fix: " in err and "Traceback" not in err
+
+
+def _refusing(number: int, *places: object) -> OSError:
+    return OSError(number, os.strerror(number), *places)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "remedy"),
+    [
+        (_refusing(errno.ENOTDIR, "/a"), "/a: Not a directory", "give the path of a folder"),
+        (_refusing(errno.EISDIR, b"/a"), "/a: Is a directory", "give the path of a file"),
+        (_refusing(errno.EIO, "/a", None, "/b"), "/b: Input/output error", "check that path and its disk"),
+        (_refusing(errno.EIO, 7), "Input/output error", "see the message"),
+        (OSError("odd"), "odd", "see the message"),
+        (OSError(), "OSError", "see the message"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_its_place_and_a_remedy(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: OSError, words: str, remedy: str
+) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr("marina.archive_cli.find_home", refuse)
+    code, out, _ = run("inspect", "m", "--json")
+    found = _error(out)
+    assert (code, found["error"], found["remedy"]) == (3, words, remedy)
+
+
+def test_a_reader_that_has_gone_is_no_error_to_tell(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("marina.archive_cli.find_home", gone)
+    assert run("inspect", "m") == (1, "", "")
+
+
+def test_keys_have_their_commands(run: Run) -> None:
+    code, out, _ = run("key", "--help")
+    assert code == 0 and all(f" {name} " in out for name in ("add", "revoke", "list"))
 
 
 def test_certificates_that_are_none(run: Run, home: Path) -> None:

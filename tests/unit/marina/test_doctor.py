@@ -10,10 +10,13 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 
 from marina import doctor_cli, gateway, processes
@@ -383,7 +386,75 @@ def test_a_quiet_log_betrays_nothing() -> None:
 
 def test_an_unreadable_log_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        examine.read_log(tmp_path / "absent.log")
+        examine.examine_log(tmp_path / "absent.log")
+
+
+@pytest.mark.parametrize("signature", signatures.SIGNATURES, ids=lambda signature: signature.code)
+@hypothesis.settings(max_examples=25, derandomize=True, deadline=None, database=None)
+@hypothesis.given(data=hypothesis.strategies.data())
+def test_no_line_that_fits_a_pattern_is_passed_over(signature: signatures.Signature, data: Any) -> None:
+    assert signatures._may_tell(data.draw(hypothesis.strategies.from_regex(signature.pattern)))
+
+
+LINES = (  # what TorchServe writes per request
+    "2026-11-21T14:59:58,703 [INFO ] W-9001-m_1.0 TS_METRICS - QueueTime.Milliseconds:{0}.0|#Level:Host|#hostname:vm",
+    "2026-11-21T14:59:58,840 [INFO ] W-9001-m_1.0-stdout MODEL_METRICS - HandlerTime.ms:132.48|#ModelName:m|#id:{0}",
+    "2026-11-21T14:59:58,841 [INFO ] W-9001-m_1.0 org.pytorch.serve.wlm.WorkerThread - Backend response time: {0}",
+    "2026-11-21T14:59:58,841 [DEBUG] W-9001-m_1.0 org.pytorch.serve.job.RestJob - Waiting time ns: {0}, Backend time",
+    '2026-11-21T14:59:58,842 [INFO ] W-9001-m_1.0 ACCESS_LOG - /127.0.0.1:4475 "POST /predictions/m HTTP/1.1" 200 {0}',
+    '{{"time":"2026-11-21T14:59:58.842Z","level":"INFO","logger":"access","path":"/predictions/m","ms":{0}}}',
+)
+ILL = STOCK + "RuntimeError: CUDA error: an illegal memory access was encountered\n"
+
+
+def long_log(path: Path, first: str, size: int) -> Path:
+    block = "".join(LINES[number % len(LINES)].format(number) + "\n" for number in range(30_000))
+    with path.open("w") as log:
+        log.write(first)
+        while log.tell() < size:
+            log.write(block)
+    return path
+
+
+def test_a_log_of_ordinary_size_is_read_within_the_limit(tmp_path: Path) -> None:
+    (found,) = examine.examine_log(long_log(tmp_path / "log", ILL, 50 << 20))
+    assert (found.code, "illegal memory access" in found.evidence) == ("gpu-error", True)
+
+
+def test_of_a_long_log_the_end_is_read_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine, "LOG_BYTES", 1 << 20)
+    log = long_log(tmp_path / "log", ILL, 3 << 20)
+    (cut,) = examine.examine_log(log)
+    assert (cut.code, cut.severity) == ("log-partly-read", "warning")
+    assert f"only the last 1 MB of {log.stat().st_size >> 20} MB" in cut.cause
+    with log.open("a") as more:
+        more.write(ILL)
+    assert {found.code for found in examine.examine_log(log)} == {"gpu-error", "log-partly-read"}
+
+
+def test_what_was_found_until_the_limit_is_told() -> None:
+    """The clock's limit comes while the log is read."""
+    ends = time.monotonic() + 0.2
+
+    def lines() -> Iterator[str]:
+        yield ILL
+        while time.monotonic() < ends + 30.0:
+            yield "all is well\n"
+
+    found, late = signatures.in_log(lines(), ends=ends)
+    assert found.code == "gpu-error"
+    assert (late.code, late.severity) == ("log-partly-read", "warning")
+    assert re.search(r"read to line [1-9]\d*,", late.cause)
+
+
+def test_a_log_alone_that_nobody_writes_to_does_not_hang_the_doctor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "log")
+    monkeypatch.setattr(examine, "SECONDS", 0.2)
+    (found,) = examine.examine_log(tmp_path / "log")
+    assert "did not end" in found.cause
+    os.close(os.open(tmp_path / "log", os.O_WRONLY | os.O_NONBLOCK))  # lets the thread go
 
 
 def test_at_least_twenty_five_faults_have_a_name() -> None:

@@ -32,7 +32,7 @@ def test_keys_go_where_the_stack_mounts_them(
 ) -> None:
     monkeypatch.delenv("SECRETS", raising=False)
     if place != "environment":
-        (home / ".env").write_text("GATEWAY_PORT=9000\nSECRETS='./written'\n")
+        (home / ".env").write_text("SECRETS=before\nGATEWAY_PORT=9000\nSECRETS='./written'\n")
     if place != "file":
         monkeypatch.setenv("SECRETS", str(home / "given"))
     key_cli.add("partner", as_json=True)
@@ -80,6 +80,16 @@ def test_the_life_of_a_key(home: Path, capsys: pytest.CaptureFixture[str]) -> No
         key_cli.revoke("partner", keep_newest=True)
     key_cli.revoke("partner")
     assert gateway.read_clients(clients) == ()
+
+
+def test_a_key_that_has_expired_is_listed_as_over(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key_cli.add("partner", expires=1)
+    clients = home / "secrets" / "gateway" / "clients"
+    gateway.add_key(clients, "former", expires_at=86_400)
+    capsys.readouterr()
+    key_cli.list_keys()
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "UTC" in line}
+    assert "1970-01-02 00:00 UTC, over" in rows["former"] and "over" not in rows["partner"]
 
 
 def test_another_clients_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

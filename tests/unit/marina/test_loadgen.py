@@ -8,14 +8,17 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from marina import loadgen
-from marina.errors import ConfigError, Unreachable
+from marina.errors import ConfigError, MarinaError, Unreachable
 from marina.loadgen import Check, Closed, Open, Payload, Result, Scenario
 from support.odd_server import OddServer, odd_server, refusing_port
 
@@ -69,6 +72,30 @@ def test_a_failure_has_its_class_and_is_not_repeated(server: OddServer, path: st
     assert result.by_outcome[outcome].count == result.planned
 
 
+class _Files(SimpleHTTPRequestHandler):
+    """To HEAD it answers with the length that the body would have."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_head_is_answered_without_a_body(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("body")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path))) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{files.server_port}/file"
+        try:
+            scenario = Scenario(
+                url=url, method="HEAD", duration=0.3, warm_up=0.0, timeout=5.0, server=None, loop=Closed(connections=2)
+            )
+            result = loadgen.run(scenario)
+        finally:
+            files.shutdown()
+    assert result.errors == {} and result.good > result.connects == 2, "answers are read, connections kept"
+
+
 def test_the_failure_tells_its_request_id_and_the_servers_words(server: OddServer) -> None:
     failure = load(server, "/status/503").failures[0]
     assert (failure.request_id, failure.detail) == ("id-1", "busy")
@@ -109,6 +136,46 @@ def test_a_check_that_raises_is_a_wrong_answer(server: OddServer) -> None:
     check = Check("marina.load_checks:probabilities", {"expected": [[1.0]], "tolerance": 0.1})
     result = load(server, "/ok", check=check)
     assert set(result.errors) == {"wrong answer"} and "JSONDecodeError" in result.failures[0].detail
+
+
+def own_check(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Check:
+    """A check of the user's whose function does `body`."""
+    name = f"check_{os.urandom(4).hex()}"
+    lines = ("import os, sys, time", "def make(settings):", "    def check(payload, answer):", f"        {body}")
+    (folder / f"{name}.py").write_text("\n".join((*lines, "        return ''", "    return check", "")))
+    monkeypatch.syspath_prepend(folder)
+    return Check(f"{name}:make")
+
+
+def test_a_check_may_print_much(server: OddServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = own_check(tmp_path, monkeypatch, "print('x' * 500_000); print('y' * 500_000, file=sys.stderr)")
+    scenario = Scenario(url=server.url("/ok"), duration=0.3, warm_up=0.0, server=None, check=check)
+    with loadgen.start(scenario) as under_way:
+        under_way.wait_seconds(60.0)  # until it has ended, at most
+        assert under_way.result().good > 0
+
+
+def test_a_client_that_dies_leaves_its_last_words(
+    server: OddServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = own_check(tmp_path, monkeypatch, r"sys.stderr.write('x\n' * 99_999 + 'I give up\n'); os._exit(3)")
+    with pytest.raises(MarinaError, match=r"client process 0 .* died: I give up$"):
+        load(server, "/ok", check=check)
+
+
+def test_a_check_that_never_ends_is_named_when_the_load_is_stopped(
+    server: OddServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loadgen, "_END_SECONDS", 0.2)
+    begun = tmp_path / "begun"
+    check = own_check(tmp_path, monkeypatch, f"open({str(begun)!r}, 'w').close(); time.sleep(3600)")
+    with loadgen.start(Scenario(url=server.url("/ok"), warm_up=0.0, server=None, check=check)) as under_way:
+        ends = time.monotonic() + 30.0
+        while not begun.exists() and time.monotonic() < ends:
+            under_way.wait_seconds(0.05)
+        under_way.stop(drain=0.0)
+        with pytest.raises(MarinaError, match=r"client process 0 .* was told to stop and does not"):
+            under_way.result()
 
 
 def test_payloads_go_in_turn_whole_and_with_their_headers(server: OddServer) -> None:
