@@ -29,6 +29,8 @@ LEASE_SECONDS = 30
 """After the last renewal."""
 SETTLE_SECONDS = 1.0
 """From a change of the file until no request follows the old one; the gateway reads it every 0.25 s."""
+QUEUE_SECONDS = 5.0
+"""How long a request that has its version may then wait in the gateway: its `GATEWAY_QUEUE_TIMEOUT_MS` unless it is set."""
 _RENEW_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
 _CERTAIN_FAILURES = 2
@@ -126,6 +128,7 @@ class Front:
     splits: Path
     """The file that it reads."""
     open_log: Callable[[], AccessLog]
+    queue_seconds: float = QUEUE_SECONDS
 
 
 # ---------------------------------------------------------------------------------------------------------- the file

@@ -42,6 +42,8 @@ class Begun:
     """What it will say; None: it will not be served."""
     published: str | None
     """File name of an archive that the rollout itself puts into the store."""
+    splits: str | None
+    """The file from which the gateway in front reads its canaries; None: no gateway was known."""
     committed: bool
     """Whether it is to be finished; else it is to be taken back."""
     last: str
@@ -68,15 +70,16 @@ class Journal:
         before: Mapping[str, Any] | None,
         after: Mapping[str, Any] | None,
         published: str | None = None,
+        splits: str | None = None,
     ) -> Begun:
         """From here on a kill leaves something `unfinished`. This and every line after it raise StoreError when it cannot be
         written."""
         self._make_room()
         self._rollout = uuid.uuid4().hex[:12]
-        self._append("begin", action=action, name=name, before=before, after=after, published=published)
+        self._append("begin", action=action, name=name, before=before, after=after, published=published, splits=splits)
         return Begun(
             rollout=self._rollout, action=action, name=name, before=before, after=after, published=published,
-            committed=False, last="",
+            splits=splits, committed=False, last="",
         )  # fmt: skip
 
     def start(self, what: str, where: str) -> None:
@@ -116,6 +119,7 @@ class Journal:
             before=first["before"],
             after=first["after"],
             published=first["published"],
+            splits=first.get("splits"),
             committed=any(event["event"] == "commit" for event in later),
             last=steps[-1] if steps else "",
         )

@@ -303,6 +303,12 @@ def target(plan: ModelPlan, known: ModelServing | None) -> ModelServing:
     return ModelServing(default=plan.default, versions=versions, previous=previous, autoscale=plan.autoscale)
 
 
+def as_known(known: ModelServing) -> ModelPlan:
+    """The plan that leaves a model as it was left; its workers may have gone below what a file may ask for."""
+    versions = {version: VersionPlan.model_construct(workers=workers) for version, workers in known.versions.items()}
+    return ModelPlan.model_construct(default=known.default, versions=versions, autoscale=known.autoscale)
+
+
 def is_new_default(name: str, plan: ModelPlan, known: Serving | None, seen: Sequence[ModelStatus]) -> bool:
     """Whether a version that was not accepted before takes over from one that serves: then it is tried like any deploy.
 

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +24,10 @@ from marina import serving
 from marina import store as model_store
 from marina.client import ModelStatus
 from marina.errors import ClientError, ConfigError, MarinaError
+from marina.gates import GateFailed
 from marina.home import find_home
 from marina.plan import PLAN_FILE, Desired, Difference, Host, ModelPlan
+from marina.processes import interruptible
 from marina.reach import Interface, Reached, reach
 from marina.rollout import Rollout, Step, Trial
 from marina.screen import Screen
@@ -38,6 +40,9 @@ _WAITS = (2.0, 5.0, 10.0, 30.0)
 """Seconds after one failed repair to the next one."""
 _MOST_HOSTS = 64
 """Asked at once."""
+_FAILURES = (MarinaError, OSError, subprocess.SubprocessError)
+"""Of one host or model; the others go on."""
+_NOT_AGAIN = "{key} failed a gate and is not tried again until the file or its archive changes; {default} is served"
 _LOOK_SECONDS = 0.2
 """Between two looks of --watch at the clock and at hosts that have answered."""
 
@@ -45,6 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 PlanFile = Annotated[Path, typer.Argument(metavar="[FILE]", help="What is to be served; - reads standard input.")]
 HostName = Annotated[str | None, typer.Option("--host", help="This host of the file alone.")]
 Here = Annotated[bool, typer.Option("--here", hidden=True, help="Called from another host: the host is this one.")]
+Left = Annotated[list[str] | None, typer.Option("--left", hidden=True, help="Not to be tried again.")]
 Python = Annotated[str, typer.Option("--python", help="The interpreter that verifies archives.")]
 
 
@@ -55,10 +61,17 @@ def register(app: typer.Typer) -> None:
     app.command(name="receive", hidden=True)(receive)
 
 
-def plan(file: PlanFile = Path(PLAN_FILE), host: HostName = None, here: Here = False, as_json: Json = False) -> None:
+def plan(
+    file: PlanFile = Path(PLAN_FILE),
+    host: HostName = None,
+    here: Here = False,
+    left: Left = None,
+    as_json: Json = False,
+) -> None:
     """What `marina apply` would do, host by host, without doing it."""
     screen = Screen(as_json)
-    hosts = _each(screen, _read(file, host, here), "plan", _plan_for_sender if here else _plan_here)
+    at_hand = partial(_plan_for_sender, left=left or ()) if here else _plan_here
+    hosts = _each(screen, _read(file, host, here), "plan", at_hand)
     screen.table(
         ("host", "action"), [(name, action) for name, found in hosts.items() for action in found.get("actions", ())]
     )
@@ -94,6 +107,7 @@ def apply(
     watch: Annotated[bool, typer.Option("--watch", help="Go on: repair whatever differs, until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks of --watch.")] = 2.0,
     python: Python = sys.executable,
+    left: Left = None,
     as_json: Json = False,
 ) -> None:
     """Have every host serve exactly what the file says. A second time it changes nothing.
@@ -102,14 +116,15 @@ def apply(
     A model that is not in the file is retired, unless its archive is in the store, from where `marina serve` serves it.
     """
     screen = Screen(as_json)
-    if watch:
-        _watch(screen, file, host, here, every, python)
-    desired = _read(file, host, here)
-    try:
-        hosts = _apply(screen, desired, python)
-    finally:
-        if here:
-            _clear_incoming(desired)
+    with interruptible():
+        if watch:
+            _watch(screen, file, host, here, every, python)
+        desired = _read(file, host, here)
+        try:
+            hosts = _apply(screen, desired, python, left=left or ())
+        finally:
+            if here:
+                _clear_incoming(desired)
     _end(screen, hosts, "actions", "nothing to change")
 
 
@@ -152,6 +167,8 @@ class _Planned:
     """Models to be retired: neither the file nor the store has them."""
     left: list[str] = field(default_factory=list)
     """What differs and is left as it is, in words."""
+    meant: dict[str, ModelPlan] = field(default_factory=dict)
+    """Of each model: the file's, or what is known while its new default is not tried again."""
 
 
 def _read(file: Path, host: str | None, here: bool) -> Desired:
@@ -173,16 +190,20 @@ def _each(
     desired: Desired,
     command: str,
     at_hand: Callable[[str, Desired], dict[str, Any]],
+    *,
+    left: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Do it for every host, at once for those elsewhere; one that fails does not stop the others."""
 
     def one(name: str) -> dict[str, Any]:
         elsewhere = _elsewhere(desired, name)
         try:
-            return at_hand(name, desired) if elsewhere is None else _ask(elsewhere, name, desired, command)
-        except MarinaError as error:
-            screen.note(f"{name or 'here'}: {error}")
-            return {"error": str(error), "remedy": error.remedy, "exit_code": error.exit_code}
+            found = at_hand(name, desired) if elsewhere is None else _ask(elsewhere, name, desired, command, left)
+        except _FAILURES as error:
+            found = _failure(error)
+        if "error" in found:
+            screen.note(f"{name or 'here'}: {found['error']}")
+        return found
 
     names = tuple(desired.hosts) or ("",)
     with ThreadPoolExecutor(_MOST_HOSTS) as pool:
@@ -192,17 +213,26 @@ def _each(
         return {name: done[name] if name in done else asked[name].result() for name in names}
 
 
+def _failure(error: Exception) -> dict[str, Any]:
+    if not isinstance(error, MarinaError):
+        place = getattr(error, "filename", None)
+        words = f"{place}: {error.strerror}" if place and isinstance(error, OSError) else str(error)
+        error = ConfigError(words, remedy="correct that, and give the command again")
+    return {"error": str(error), "remedy": error.remedy, "exit_code": error.exit_code}
+
+
 def _elsewhere(desired: Desired, name: str) -> tuple[str, ...] | None:
     return desired.hosts[name].elsewhere if name else None
 
 
-def _ask(program: Sequence[str], name: str, desired: Desired, command: str) -> dict[str, Any]:
+def _ask(
+    program: Sequence[str], name: str, desired: Desired, command: str, left: Collection[str] = ()
+) -> dict[str, Any]:
     """Let the Marina of another host do it. Archives travel only when something is to be changed."""
-    planned = _ask_with(
-        program, name, desired, "plan" if command == "apply" else command, _archives_there(desired, name)
-    )
+    first = "plan" if command == "apply" else command
+    planned = _ask_with(program, name, desired, first, _archives_there(desired, name), left)
     holds = planned.pop("holds", {})
-    if command != "apply" or not planned["actions"]:
+    if command != "apply" or not planned.get("actions"):
         return planned
 
     def send(key: str, archive: Path) -> Path | None:
@@ -214,21 +244,28 @@ def _ask(program: Sequence[str], name: str, desired: Desired, command: str) -> d
             return None
         return Path(_call(program, ("receive", archive.name, digest), data, name)["archive"])
 
-    return _ask_with(program, name, desired, command, _archives_there(desired, name, send))
+    return _ask_with(program, name, desired, command, _archives_there(desired, name, send), left)
 
 
 def _ask_with(
-    program: Sequence[str], name: str, desired: Desired, command: str, models: Mapping[str, ModelPlan]
+    program: Sequence[str],
+    name: str,
+    desired: Desired,
+    command: str,
+    models: Mapping[str, ModelPlan],
+    left: Collection[str],
 ) -> dict[str, Any]:
     text = desired.model_copy(update={"models": models, "hosts": {name: desired.hosts[name]}}).model_dump_json()
-    answer = _call(program, (command, "-", "--host", name, "--here", "--json"), text.encode(), name)
+    options = [option for model in left for option in ("--left", model)]
+    answer = _call(program, (command, "-", "--host", name, "--here", "--json", *options), text.encode(), name)
     found = answer.get("hosts", {}).get(name)
     if not isinstance(found, dict):
         raise ClientError(
             f"{name}: {answer.get('error', 'an answer of another kind')}", remedy=str(answer.get("remedy", ""))
         )
     if "error" in found:
-        raise ClientError(f"{name}: {found['error']}", remedy=found.get("remedy", ""))
+        there = ClientError(f"{name}: {found['error']}", remedy=found.get("remedy", ""))
+        return {key: found[key] for key in ("refused",) if key in found} | _failure(there)
     return found
 
 
@@ -308,9 +345,9 @@ def _plan_here(name: str, desired: Desired) -> dict[str, Any]:
     return _found("actions", planned.actions, planned)
 
 
-def _plan_for_sender(name: str, desired: Desired) -> dict[str, Any]:
+def _plan_for_sender(name: str, desired: Desired, left: Collection[str]) -> dict[str, Any]:
     """With the SHA-256 of every archive here, by NAME:VERSION: these need not be sent."""
-    planned = _planned(name, desired)
+    planned = _planned(name, desired, left=left)
     index = model_store.read_index(planned.reached.store)["archives"]
     holds = {
         f"{entry['name']}:{entry['version']}": entry["sha256"]
@@ -329,7 +366,7 @@ def _found(key: str, values: list[Any], planned: _Planned) -> dict[str, Any]:
     return {key: values} | ({"left": planned.left} if planned.left else {})
 
 
-def _planned(name: str, desired: Desired, needs: Interface | None = None) -> _Planned:
+def _planned(name: str, desired: Desired, needs: Interface | None = None, *, left: Collection[str] = ()) -> _Planned:
     host = _with_variables(desired.hosts.get(name, Host()))
     reached = reach(
         host.target, url=host.url, inference_url=host.inference_url, supervisor_url=host.supervisor_url,
@@ -338,6 +375,11 @@ def _planned(name: str, desired: Desired, needs: Interface | None = None) -> _Pl
     seen = [replica.status() for replica in reached.replicas]
     planned = _Planned(reached, seen, serving.read(reached.store))
     for model, item in desired.on(name).items():
+        known = planned.known.models.get(model) if planned.known is not None else None
+        if model in left and known is not None and known.default != item.default:
+            planned.left.append(_NOT_AGAIN.format(key=f"{model}:{item.default}", default=known.default))
+            item = plans.as_known(known)
+        planned.meant[model] = item
         _plan_model(planned, model, item)
     _plan_strangers(planned, desired.on(name))
     return planned
@@ -402,23 +444,43 @@ def _plan_model(planned: _Planned, name: str, item: ModelPlan) -> None:
         planned.actions.append(f"{name}: {serving.SERVING_FILE} says what is served")
 
 
-def _apply(screen: Screen, desired: Desired, python: str, *, patient: bool = False) -> dict[str, dict[str, Any]]:
-    """With `patient`, a host on which another rollout is at work is left alone."""
+def _apply(
+    screen: Screen, desired: Desired, python: str, *, patient: bool = False, left: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Each model on its own, those without a trial first. With `patient`, a host on which another rollout is at work is left
+    alone. Of the models in `left` no new default is tried; those whose new default failed a gate are named as `refused`."""
 
     def at_hand(name: str, wanted: Desired) -> dict[str, Any]:
-        planned = _planned(name, wanted, "inference")
+        planned = _planned(name, wanted, "inference", left=left)
         if patient and serving.in_progress(planned.reached.store):
             return {"actions": []}
         rollout = _rollout(screen, planned.reached, wanted, python)
         if rollout.recover():
-            planned = _planned(name, wanted, "inference")
-        for model, tried in planned.models.items():
-            _apply_model(rollout, planned.reached, model, wanted.models[model], tried=tried)
+            planned = _planned(name, wanted, "inference", left=left)
+        errors: dict[str, Exception] = {}
+        for model in sorted(planned.models, key=lambda model: planned.models[model]):
+            with _kept(errors, model):
+                _apply_model(rollout, planned.reached, model, planned.meant[model], tried=planned.models[model])
         for model in planned.strangers:
-            rollout.remove(model)
-        return _found("actions", planned.actions, planned)
+            with _kept(errors, model):
+                rollout.remove(model)
+        if not errors:
+            return _found("actions", planned.actions, planned)
+        first, *others = errors.values()
+        for error in others:
+            screen.note(f"{name or 'here'}: {error}")
+        refused = [model for model, error in errors.items() if isinstance(error, GateFailed)]
+        return _failure(first) | ({"refused": refused} if refused else {})
 
-    return _each(screen, desired, "apply", at_hand)
+    return _each(screen, desired, "apply", at_hand, left=left)
+
+
+@contextlib.contextmanager
+def _kept(errors: dict[str, Exception], model: str) -> Iterator[None]:
+    try:
+        yield
+    except _FAILURES as error:
+        errors[model] = error
 
 
 def _rollout(screen: Screen, reached: Reached, desired: Desired, python: str) -> Rollout:
@@ -462,12 +524,13 @@ def _watch(screen: Screen, file: Path, host: str | None, here: bool, every: floa
                 continue
             for name in desired.hosts or ("",):
                 one = desired.model_copy(update={"hosts": {name: desired.hosts[name]}}) if name else desired
-                found = watched.setdefault(name, _Watched()).look(
-                    partial(_apply, screen, one, python, patient=True),
+                host_seen = watched.setdefault(name, _Watched())
+                found = host_seen.look(
+                    partial(_repair, screen, one, python, host_seen),
                     pool if _elsewhere(desired, name) is not None else None,
                     every,
                 )
-                _tell(screen, name, found, watched[name])
+                _tell(screen, name, found, host_seen)
             time.sleep(min(every, _LOOK_SECONDS))
 
 
@@ -482,6 +545,16 @@ class _Watched:
     told: set[str] = field(default_factory=set)
     """What was said to be left as it is."""
     running: Future[dict[str, dict[str, Any]]] | None = None
+    state: Mapping[str, str] = field(default_factory=dict)
+    """What the file and the archives say of each model, as of the repair begun last."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Model -> that state, with which its new default failed a gate."""
+
+    def not_again(self, desired: Desired) -> list[str]:
+        """The models whose new default failed a gate, and of which the file and the archive still say the same."""
+        said = desired.model_dump_json()
+        self.state = {model: said + _archive_state(item) for model, item in desired.models.items()}
+        return [model for model, state in self.refused.items() if self.state.get(model) == state]
 
     def look(
         self, apply: Callable[[], dict[str, dict[str, Any]]], pool: ThreadPoolExecutor | None, every: float
@@ -497,9 +570,21 @@ class _Watched:
             return {}
         (found,) = self.running.result().values()
         self.running = None
+        self.refused |= {model: self.state[model] for model in found.get("refused", ()) if model in self.state}
         self.failures = self.failures + 1 if "error" in found else 0
         self.due = time.monotonic() + (_WAITS[min(self.failures, len(_WAITS)) - 1] if self.failures else every)
         return found
+
+
+def _archive_state(item: ModelPlan) -> str:
+    """Another one when the archive of the model's default is another one."""
+    archive = item.versions[item.default].archive
+    found = archive.stat() if archive is not None and archive.exists() else None
+    return f"{found.st_mtime_ns} {found.st_size} {found.st_ino}" if found is not None else ""
+
+
+def _repair(screen: Screen, desired: Desired, python: str, watched: _Watched) -> dict[str, dict[str, Any]]:
+    return _apply(screen, desired, python, patient=True, left=watched.not_again(desired))
 
 
 def _tell(screen: Screen, name: str, found: Mapping[str, Any], watched: _Watched) -> None:

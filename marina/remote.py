@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from marina.canary import ContainerLog, Front
+from marina import lifeline
+from marina.canary import QUEUE_SECONDS, ContainerLog, Front
 from marina.client import NO_RETRIES, ManagementClient, ModelStatus, Timeout, WorkerStatus
 from marina.errors import ArchiveError, ClientError, ConfigError, MarinaError, ServerError, Unreachable
 from marina.gates import Arm
@@ -33,6 +34,7 @@ STORE_FOLDER = "model_store"
 """The last part of the path at which it mounts the model store."""
 ACTION_SECONDS = 900.0
 """How long one action inside a container may take; loading a large model is the longest."""
+_QUEUE_TIMEOUT = "GATEWAY_QUEUE_TIMEOUT_MS"
 _LIST_TRIES = 3
 FOLDER_LABEL = "com.docker.compose.project.working_dir"
 _PROJECT_LABEL = "com.docker.compose.project"
@@ -83,12 +85,11 @@ class ContainerReplica:
         self._run("drain")
 
     def _run(self, action: str, *arguments: str, given: str = "") -> dict[str, Any]:
-        """`given` is the action's standard input."""
+        """`given` is for the action to read. What is interrupted here, or takes too long, has ended inside before the
+        error is raised: what is reverted then stays so."""
         command = [self._docker, "exec", "-i", self.name, "marina", "replica", action, *arguments]
         try:
-            done = subprocess.run(
-                command, input=given, capture_output=True, text=True, timeout=ACTION_SECONDS, check=False
-            )
+            done = lifeline.run(command, given, within=ACTION_SECONDS)
         except subprocess.TimeoutExpired:
             raise ClientError(
                 f"{self.name}: {action} did not end within {ACTION_SECONDS:.0f} s", remedy="look at it: make logs"
@@ -102,9 +103,8 @@ class ContainerReplica:
         raise Unreachable(f"{self.name}: {action}: {words}", remedy="is the container running? docker ps")
 
 
-def run_action(replica: Replica, action: str, arguments: Sequence[str], given: Callable[[], str]) -> dict[str, Any]:
-    """The other end of `ContainerReplica`: do it here. `given` reads the standard input. Raises ConfigError for an action
-    that is none."""
+def run_action(replica: Replica, action: str, arguments: Sequence[str], given: str) -> dict[str, Any]:
+    """The other end of `ContainerReplica`: do it here. Raises ConfigError for an action that is none."""
     actions: Mapping[str, tuple[int, Callable[..., Mapping[str, Any] | None]]] = {
         "register": (2, lambda key, workers: replica.register(key, int(workers))),
         "prove": (1, replica.prove),
@@ -113,7 +113,7 @@ def run_action(replica: Replica, action: str, arguments: Sequence[str], given: C
         "shadow": (
             4,
             lambda name, old, new, seconds: {
-                "shadow": dataclasses.asdict(replica.shadow(name, old, new, from_lines(given()), float(seconds)))
+                "shadow": dataclasses.asdict(replica.shadow(name, old, new, from_lines(given), float(seconds)))
             },
         ),
         "drained": (1, lambda key: {"drained": replica.drained(key)}),
@@ -170,7 +170,11 @@ def find_front(project: Path) -> Front | None:
         return None
     (gateway, *_) = found
     folder = _mounted(docker, gateway, GATEWAY_FOLDER)
-    return Front(splits=folder / SPLITS_FILE, open_log=lambda: ContainerLog(docker, gateway))
+    return Front(
+        splits=folder / SPLITS_FILE,
+        open_log=lambda: ContainerLog(docker, gateway),
+        queue_seconds=_queue_seconds(docker, gateway),
+    )
 
 
 def _running(docker: str, project: Path, service: str) -> list[str]:
@@ -191,6 +195,14 @@ def _mounted(docker: str, container: str, last_part: str) -> Path:
     raise ClientError(
         f"{container} has no {last_part} mounted from this host", remedy="mount one in docker-compose.yml"
     )
+
+
+def _queue_seconds(docker: str, gateway: str) -> float:
+    """What the container was given; else haproxy.cfg's own."""
+    command = [docker, "inspect", "--format", "{{range .Config.Env}}{{println .}}{{end}}", gateway]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    found = [line.partition("=")[2] for line in done.stdout.splitlines() if line.startswith(f"{_QUEUE_TIMEOUT}=")]
+    return int(found[-1]) / 1000 if found and found[-1].isdigit() else QUEUE_SECONDS
 
 
 def _listed(command: Sequence[str]) -> list[str]:

@@ -234,7 +234,7 @@ class Rollout:
                 return ""
             if as_it_is:
                 self._journal.go_on(begun)
-                self._end_canary(begun.name)
+                self._end_canary(begun.name, begun.splits)
                 serving.write(self._store, self._current())
                 self._journal.end("accepted")
                 return f"{begun.words}: left as it is"
@@ -328,10 +328,14 @@ class Rollout:
         self.verdicts += verdicts
         require(name, version, verdicts)
 
-    def _end_canary(self, name: str) -> None:
-        """Returns when no request follows it any more."""
-        if self._front is not None and canary.clear_split(self._front.splits, name):
-            time.sleep(canary.SETTLE_SECONDS)
+    def _end_canary(self, name: str, splits: str | None = None, *, retiring: bool = False) -> None:
+        """Returns when no request follows it any more, and, with `retiring`, none that did waits in the gateway: the version
+        is about to go. `splits` is the file of a gateway that only the journal knows."""
+        front = self._front
+        path = front.splits if front is not None else splits
+        if path is not None and canary.clear_split(Path(path), name):
+            waiting = (front.queue_seconds if front is not None else canary.QUEUE_SECONDS) if retiring else 0.0
+            time.sleep(canary.SETTLE_SECONDS + waiting)
 
     def _drain(self, key: str) -> None:
         """The replaced version answers what it was asked before; it stays loaded, so nothing can be lost."""
@@ -468,7 +472,7 @@ class Rollout:
         prefix = "finish" if begun.committed else "revert"
         ours = {version for state in (before, after) if state is not None for version in state.versions}
         with contextlib.suppress(MarinaError, OSError), self._step(f"{prefix}: canary of {begun.name}"):
-            self._end_canary(begun.name)
+            self._end_canary(begun.name, begun.splits, retiring=not begun.committed)
         if target is None or not begun.committed:
             # What is about to go is not expected any more.
             self._write_settled(begun, prefix)
@@ -500,7 +504,12 @@ class Rollout:
     ) -> Iterator[None]:
         """Keep what the block did, or, when it fails or is interrupted, settle it at once and say so."""
         begun = self._journal.begin(
-            action, name, before=_dumped(before, name), after=_dumped(after, name), published=published
+            action,
+            name,
+            before=_dumped(before, name),
+            after=_dumped(after, name),
+            published=published,
+            splits=str(self._front.splits.absolute()) if self._front is not None else None,
         )
         try:
             yield

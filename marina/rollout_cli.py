@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from marina import plan_cli, remote, serving
+from marina import lifeline, plan_cli, remote, serving
 from marina import store as model_store
 from marina.canary import Stages
 from marina.client import ModelStatus
@@ -242,6 +242,7 @@ def replica(
     action: Annotated[str, typer.Argument()], arguments: Annotated[list[str] | None, typer.Argument()] = None
 ) -> None:
     """One action on the server of this very machine or container; how rollouts reach into containers. JSON only."""
+    given = lifeline.follow()
     screen = Screen(as_json=True)
     settings = ServeSettings.load({"config": find_home().config}, os.environ, other_variables=OTHER_VARIABLES)
     here = LocalReplica(
@@ -251,7 +252,7 @@ def replica(
         supervisor_url=settings.url("supervisor"),
     )
     try:
-        screen.result(remote.run_action(here, action, arguments or [], sys.stdin.read))
+        screen.result(remote.run_action(here, action, arguments or [], given))
     except MarinaError as error:
         screen.failure(error)
         raise typer.Exit(error.exit_code) from None

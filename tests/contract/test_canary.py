@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from marina import canary
 from marina.canary import Canary, FileLog, Stages
 from marina.errors import ClientError
 from marina.gates import Gates, Verdict
+from marina.replica import LocalReplica
+from marina.rollout import Rollout
 from support.gateway import Backend, Front, Load, backends, front, require_haproxy, wait_until
 
+_NOBODY = LocalReplica(store=Path(), inference_url="", management_url="http://127.0.0.1:9", supervisor_url="")
 STAGES = Stages(seconds=0.5, requests=20, longest_seconds=10)
 
 
@@ -158,3 +162,33 @@ def test_a_retried_request_stays_with_its_version(splits: Path, tmp_path: Path) 
 def _retried(gate: Front, replicas: list[Backend]) -> Counter[tuple[str, str]]:
     answers = [gate.ask(x_mode=f"status:507:killed@{replicas[0].name}").json for _ in range(30)]
     return Counter((answer["name"], answer["path"].partition("?")[0]) for answer in answers)
+
+
+def test_a_version_goes_only_when_no_request_for_it_waits_in_the_gateway(tmp_path: Path) -> None:
+    """A request has its version before it waits for a free place: retired meanwhile, that version would answer 404."""
+    held, patience = 1.7, 2.5
+    with (
+        backends("a") as replicas,
+        front(
+            tmp_path, [item.replica for item in replicas], max_inflight=1, queue_timeout_ms=int(1000 * patience)
+        ) as gate,
+        ThreadPoolExecutor() as pool,
+    ):
+        file = gate.clients.parent / "splits"
+        canary.set_split(file, "m", "2.0", 100)
+        wait_until(lambda: _settled(gate, 1.0), "the split")
+        before = replicas[0].served()
+        first = pool.submit(gate.ask, x_mode=f"sleep:{held}")
+        wait_until(lambda: replicas[0].served() == before + 1, "the request that holds the only place")
+        second = pool.submit(gate.ask)
+        wait_until(lambda: _waiting(gate) == 1, "a request in the queue")
+        access = canary.Front(splits=file, open_log=lambda: FileLog(gate.running.log), queue_seconds=patience)
+        Rollout([_NOBODY], tmp_path, python="", front=access)._end_canary("m", retiring=True)
+        assert first.done() and second.done()
+        assert second.result().json["path"].startswith("/predictions/m/2.0")
+
+
+def _waiting(gate: Front) -> int:
+    text = gate.ask("/metrics", method="GET", body=None, key=None, port=gate.metrics_port).body.decode()
+    queues = ('haproxy_backend_current_queue{proxy="predictions"}', 'haproxy_server_current_queue{proxy="predictions"')
+    return sum(int(float(line.rpartition(" ")[2])) for line in text.splitlines() if line.startswith(queues))

@@ -134,4 +134,16 @@ def test_a_container_that_is_gone(docker: Path) -> None:
 @pytest.mark.parametrize(("action", "arguments"), [("explode", []), ("prove", []), ("scale", ["m:1.0"])])
 def test_only_known_actions_run(tmp_path: Path, action: str, arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"no action '{action}'"):
-        remote.run_action(_local(tmp_path), action, arguments, str)
+        remote.run_action(_local(tmp_path), action, arguments, "")
+
+
+@pytest.mark.parametrize(("environment", "seconds"), [("PATH=/bin\nGATEWAY_QUEUE_TIMEOUT_MS=12000\n", 12.0), ("", 5.0)])
+def test_the_front_knows_how_long_a_request_may_wait_in_the_gateway(
+    docker: Path, environment: str, seconds: float
+) -> None:
+    mounts = json.dumps([{"Source": "/srv/gateway", "Destination": "/run/secrets/gateway"}])
+    program = "#!/bin/sh\ncase \"$*\" in\n'ps '*) echo box ;;\n*Mounts*) echo '{}' ;;\n*) printf '{}' ;;\nesac\n"
+    (docker / "bin" / "docker").write_text(program.format(mounts, environment))
+    front = remote.find_front(Path("/srv/marina"))
+    assert front is not None
+    assert (front.splits, front.queue_seconds) == (Path("/srv/gateway/splits"), seconds)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from marina import journal, rollout, serving, store
+from marina import canary, journal, rollout, serving, store
 from marina.archive import Archive, sha256_of
 from marina.client import ModelStatus, WorkerStatus
 from marina.errors import ClientError, StoreError, Unreachable
@@ -578,3 +579,60 @@ def test_one_rollout_at_a_time(replicas: list[Listed], folder: Path) -> None:
 def test_no_replica_is_an_error(folder: Path) -> None:
     with pytest.raises(NotServed, match="no server"):
         _rollout([], folder)
+
+
+class Unreadable:
+    """An access log that cannot be followed: the canary has begun, and is taken back."""
+
+    def lines(self) -> list[str]:
+        raise ClientError("the log cannot be followed", remedy="")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_canary_that_is_taken_back_waits_for_what_the_gateway_holds(
+    replicas: list[Listed], folder: Path, deployable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "SETTLE_SECONDS", 0.1)
+    front = canary.Front(splits=folder / "splits", open_log=Unreadable, queue_seconds=0.4)
+    rollout = Rollout(replicas, folder, python="python3", front=front)
+    with pytest.raises(ClientError, match="cannot be followed"):
+        rollout.deploy(deployable)
+    (waited,) = (step.seconds for step in rollout.steps if step.what == "revert: canary of m")
+    assert waited >= 0.5 and front.splits.read_text() == ""
+    canary.set_split(front.splits, "m", "2.0", 100)
+    began = time.monotonic()
+    patient = dataclasses.replace(front, queue_seconds=60.0)
+    Rollout(replicas, folder, python="python3", front=patient).rollback("m")
+    assert front.splits.read_text() == ""
+    assert time.monotonic() - began < 30, "nothing is taken away, so there is nothing to wait for"
+
+
+def test_a_killed_canary_is_ended_without_being_told_of_the_gateway(
+    replicas: list[Listed], folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`recover`, `rollback` and `retire` do not know the gateway of this machine; the journal does."""
+    monkeypatch.setattr(canary, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(canary, "QUEUE_SECONDS", 0.0)
+    before = serving.read(folder)
+    assert before is not None
+    splits = folder / "gateway" / "splits"
+    splits.parent.mkdir()
+    front = canary.Front(splits=splits, open_log=Unreadable)
+    after = before.with_version("m", "3.0", 1).with_default("m", "3.0")
+    with (
+        contextlib.suppress(Killed),
+        Rollout(replicas, folder, python="python3", front=front)._journaled("deploy", "m", before, after),
+    ):
+        for item in replicas:
+            item.versions["3.0"] = 1
+        canary.set_split(splits, "m", "3.0", 50)
+        monkeypatch.setattr(Rollout, "_fail", lambda self, begun, error: None)
+        raise Killed
+    _rollout(replicas, folder).recover()
+    assert splits.read_text() == "" and [line for line in asked if "retire" in line] == [
+        "a retire m:3.0",
+        "b retire m:3.0",
+    ]
+    assert serving.read(folder) == before and _rollout(replicas, folder).recover() == ""
