@@ -181,6 +181,14 @@ class LocalReplica:
         return True
 
     def retire(self, key: str) -> None:
+        try:
+            self._retire(key)
+        except ClientError:
+            # TorchServe itself takes away a version whose workers end while it loads.
+            if self._find(key) is not None:
+                raise
+
+    def _retire(self, key: str) -> None:
         name, version = _split(key)
         found = self._find(key)
         if found is None:
