@@ -24,6 +24,8 @@ def held() -> Iterator[int]:
 
 def follow() -> None:
     """In the child: from now on the end of the standard input is Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_wait, name="marina-lifeline", daemon=True).start()
 
 
