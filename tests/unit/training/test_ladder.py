@@ -251,15 +251,13 @@ def test_a_real_climb_without_images_allows_lossless_rungs_alone(tmp_path: Path)
 
 
 def test_two_climbs_of_one_ladder_do_not_write_into_each_other(tmp_path: Path) -> None:
-    artifact = write_artifact(tmp_path)
-    places = {"runs": tmp_path / "runs", "artifacts": tmp_path, "report": silent}
-    settings = Settings(seconds=0.02, batch_size=4, rungs=("torch-folded",))
-    found = ladder.run(artifact, settings, **places)
-    with pipeline.only_one(found.run), pytest.raises(RunBusy, match="another process is at work in"):
-        ladder.run(artifact, settings, again=True, **places)
-    assert (found.run / "ladder.json").exists()
-    fresh = ladder.run(artifact, settings, again=True, **places)
-    assert fresh.run == found.run and not fresh.reused
+    artifact, settings = write_artifact(tmp_path), Settings(rungs=("torch-folded",))
+    run = tmp_path / "runs" / ladder._run_name(artifact, ModelSpec.load(artifact), settings, ladder._wanted(settings))
+    run.mkdir(parents=True)
+    (run / "ladder.json").write_text("of the one that holds it")
+    with pipeline.only_one(run), pytest.raises(RunBusy, match="another process is at work in"):
+        ladder.run(artifact, settings, runs=run.parent, artifacts=tmp_path, report=silent, again=True)
+    assert (run / "ladder.json").read_text() == "of the one that holds it"
 
 
 def test_a_child_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
